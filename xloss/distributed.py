@@ -1,0 +1,38 @@
+"""Process groups and meshes: splitting a sequence over ranks, gathering it again, and global denominators."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Ranks in ``group`` (default: all), 1 where ``torch.distributed`` is not initialised."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum of ``value`` over the ranks of ``group``; ``value`` itself where there is one rank."""
+    if world_size(group) > 1:
+        value = value.clone()
+        dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
+    return value
+
+
+def sp_split(tensor: Tensor, sp_mesh: DeviceMesh, pad: float) -> Tensor:
+    """This rank's contiguous part of ``tensor [.., T]`` along its last axis, padded with ``pad`` to equal parts."""
+    size, rank = sp_mesh.size(), sp_mesh.get_local_rank()
+    part = -(-tensor.shape[-1] // size)
+    missing = part * size - tensor.shape[-1]
+    if missing:
+        tensor = torch.cat([tensor, tensor.new_full((*tensor.shape[:-1], missing), pad)], dim=-1)
+    return tensor[..., rank * part : (rank + 1) * part].contiguous()
+
+
+def sp_gather(tensor: Tensor, sp_mesh: DeviceMesh) -> Tensor:
+    """The parts ``[.., T]`` of all sequence-parallel ranks joined along the last axis (padding included)."""
+    parts = [torch.empty_like(tensor) for _ in range(sp_mesh.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=sp_mesh.get_group())
+    return torch.cat(parts, dim=-1)

@@ -1,0 +1,1 @@
+"""Hidden states x lm_head -> token statistics, and back. The only code that ever sees logits."""

@@ -1,0 +1,196 @@
+"""``mode="chunk"``: row work on a chunk of logits in torch ops, on any device.
+
+A backend turns raw logits into statistics (``forward``) and, given one adjoint per statistic, into their gradient
+(``backward``), both in the buffer the GEMM wrote. Elementwise passes run over blocks of rows that fit the cache.
+
+    dz = g (onehot(y) - p) - e p (log p + entropy) + l p + m / V + 2 s p (p - sum_p2)
+    draw = dz / temperature * softcap'(.) * logit_scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xloss.head.options import HeadOptions
+from xloss.stats import TokenStats
+
+_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
+@dataclass
+class RowState:
+    """A chunk between forward and backward: ``buffer [C, V]`` holds transformed logits, or probabilities."""
+
+    buffer: Tensor
+    labels: Tensor
+    temperature: float | Tensor
+    stats: TokenStats
+    holds_probs: bool
+
+    def keep_rows_(self, index: Tensor) -> RowState:
+        """Move rows ``index`` (ascending) to the front of the buffer, in place, and forget the others."""
+        step = _block_rows(self.buffer)
+        for start in range(0, index.numel(), step):
+            part = index[start : start + step]
+            self.buffer[start : start + part.numel()] = self.buffer.index_select(0, part)
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.index_select(0, index)
+        stats = self.stats.map(lambda x: x.index_select(0, index))
+        return RowState(self.buffer[: index.numel()], self.labels[index], temperature, stats, self.holds_probs)
+
+
+def forward(
+    raw: Tensor, labels: Tensor, temperature: float | Tensor, options: HeadOptions, *, for_backward: bool
+) -> RowState:
+    """Statistics of raw logits ``[C, V]``, whose buffer becomes the state that ``backward`` starts from.
+
+    ``for_backward``: turn the buffer into probabilities when the gradient needs nothing else (one pass saved).
+    Statistics of ignored labels are those of some label; the caller masks them.
+    """
+    spec = options.stats
+    _transform_(raw, temperature, options)
+    picked = raw.gather(1, _label_index(labels, raw.shape[1])).view(labels.shape)
+    mean_logit = raw.mean(1) if spec.mean_logit else None
+    top1 = raw.argmax(1) if spec.top1 else None
+    to_probs = for_backward and not (spec.entropy or spec.sum_p2) and options.softcap is None
+    lse = raw.new_empty(raw.shape[0])
+    entropy = torch.empty_like(lse) if spec.entropy else None
+    sum_p2 = torch.empty_like(lse) if spec.sum_p2 else None
+    scratch = None if to_probs else _scratch(raw)
+    shifted = None if entropy is None else _scratch(raw)
+    for rows, z in _blocks(raw):
+        peak = z.amax(1)
+        p = torch.softmax(z, 1, out=z if scratch is None else scratch[: z.shape[0]])
+        # p at the peak is 1 / sum(exp(z - peak)) to the last bit: no second sum over the row
+        log_peak = p.amax(1).log_()
+        torch.sub(peak, log_peak, out=lse[rows])
+        if entropy is not None and shifted is not None:  # about the peak: exact for logits of any size
+            below = torch.sub(z, peak.unsqueeze(1), out=shifted[: z.shape[0]])
+            entropy[rows] = -log_peak - torch.linalg.vecdot(p, below)
+        if sum_p2 is not None:
+            sum_p2[rows] = torch.linalg.vecdot(p, p)
+    logprobs = picked - (lse if labels.ndim == 1 else lse.unsqueeze(1))
+    stats = TokenStats(logprobs, lse, entropy, mean_logit, sum_p2, top1)
+    return RowState(raw, labels, temperature, stats, to_probs)
+
+
+def resume(
+    raw: Tensor, labels: Tensor, temperature: float | Tensor, options: HeadOptions, stats: TokenStats
+) -> RowState:
+    """State of a chunk whose logits were computed again and whose statistics are known."""
+    _transform_(raw, temperature, options)
+    return RowState(raw, labels, temperature, stats, False)
+
+
+def backward(state: RowState, adjoints: dict[str, Tensor], options: HeadOptions) -> Tensor:
+    """Gradient of the raw logits ``[C, V]`` from adjoints of the statistics; overwrites the state's buffer."""
+    labels, vocab = state.labels, state.buffer.shape[1]
+    live = labels != options.ignore_index
+    g = torch.where(live, adjoints["logprobs"], 0)
+    onehot = g if labels.ndim == 2 else g.unsqueeze(1)
+    p_coef = -onehot.sum(1)
+    row_live = live if labels.ndim == 1 else live.any(1)
+    others = {k: torch.where(row_live, v, 0) for k, v in adjoints.items() if k != "logprobs"}
+    if "lse" in others:
+        p_coef = p_coef + others["lse"]
+    if "sum_p2" in others:
+        p_coef = p_coef - 2 * others["sum_p2"] * state.stats.sum_p2
+    if "entropy" in others:
+        p_coef = p_coef + others["entropy"] * (state.stats.lse - state.stats.entropy)
+    uniform = others["mean_logit"] / vocab if "mean_logit" in others else None
+    inner = options.logit_scale / state.temperature  # d z / d raw, softcap apart
+    if options.softcap is None:
+        p_coef, onehot = p_coef * inner, onehot * _column(inner)
+        uniform = None if uniform is None else uniform * inner
+        others = {k: v * inner for k, v in others.items()}
+    if state.holds_probs:
+        _probs_to_grad_(state.buffer, p_coef, uniform)
+        state.buffer.scatter_add_(1, _label_index(labels, vocab), onehot.to(state.buffer.dtype))
+    else:
+        _logits_to_grad_(state, p_coef, uniform, onehot, others, options)
+    return state.buffer
+
+
+def _probs_to_grad_(p: Tensor, p_coef: Tensor, uniform: Tensor | None) -> None:
+    p.mul_(p_coef.unsqueeze(1))
+    if uniform is not None:
+        p.add_(uniform.unsqueeze(1))
+
+
+def _logits_to_grad_(
+    state: RowState,
+    p_coef: Tensor,
+    uniform: Tensor | None,
+    onehot: Tensor,
+    others: dict[str, Tensor],
+    options: HeadOptions,
+) -> None:
+    entropy, sum_p2 = others.get("entropy"), others.get("sum_p2")
+    index = _label_index(state.labels, state.buffer.shape[1])
+    probs = _scratch(state.buffer)
+    slope = _scratch(state.buffer) if options.softcap is not None else None
+    for rows, z in _blocks(state.buffer):
+        p = torch.softmax(z, 1, out=probs[: z.shape[0]])
+        if slope is not None:
+            chain = _softcap_slope(z, state.temperature, rows, options, out=slope[: z.shape[0]])
+        if entropy is not None:
+            z.mul_(-entropy[rows].unsqueeze(1)).add_(p_coef[rows].unsqueeze(1))
+        else:
+            z.copy_(p_coef[rows].unsqueeze(1).expand_as(z))
+        if sum_p2 is not None:
+            z.addcmul_(p, 2 * sum_p2[rows].unsqueeze(1))
+        z.mul_(p)
+        if uniform is not None:
+            z.add_(uniform[rows].unsqueeze(1))
+        z.scatter_add_(1, index[rows], onehot[rows].to(z.dtype))
+        if slope is not None:
+            z.mul_(chain)
+
+
+def _softcap_slope(z: Tensor, temperature: float | Tensor, rows: slice, options: HeadOptions, out: Tensor) -> Tensor:
+    """``d z / d raw = logit_scale / temperature * (1 - tanh^2)``, with ``tanh = z temperature / softcap``."""
+    assert options.softcap is not None
+    t = _column(temperature[rows]) if isinstance(temperature, Tensor) else temperature
+    torch.mul(z, t / options.softcap, out=out)
+    return out.square_().neg_().add_(1).mul_(options.logit_scale / t)
+
+
+def _transform_(raw: Tensor, temperature: float | Tensor, options: HeadOptions) -> None:
+    t = _column(temperature)
+    if options.softcap is None:
+        factor = options.logit_scale / t
+        if isinstance(factor, Tensor) or factor != 1.0:
+            raw.mul_(factor)
+    else:
+        raw.mul_(options.logit_scale / options.softcap).tanh_().mul_(options.softcap / t)
+
+
+def _label_index(labels: Tensor, vocab: int) -> Tensor:
+    """Labels as a gather index ``[C, K]``: out-of-range ones (ignored) read column 0 or V - 1 and are masked later."""
+    index = labels.clamp(0, vocab - 1)
+    return index if labels.ndim == 2 else index.unsqueeze(1)
+
+
+def _column(x: float | Tensor) -> float | Tensor:
+    return x.unsqueeze(1) if isinstance(x, Tensor) else x
+
+
+def _block_rows(buffer: Tensor) -> int:
+    budget = _BLOCK_BYTES.get(buffer.device.type, _BLOCK_BYTES["cuda"])
+    return max(1, budget // max(1, buffer.shape[1] * buffer.element_size()))
+
+
+def _scratch(buffer: Tensor) -> Tensor:
+    return buffer.new_empty(min(_block_rows(buffer), buffer.shape[0]), buffer.shape[1])
+
+
+def _blocks(buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    step = _block_rows(buffer)
+    for start in range(0, buffer.shape[0], step):
+        rows = slice(start, min(start + step, buffer.shape[0]))
+        yield rows, buffer[rows]

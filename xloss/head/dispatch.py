@@ -1,0 +1,147 @@
+"""From a user's tensors to a ``HeadCall``: checks, flattening, mode, operand dtype, live rows, plan."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from xloss import shapes
+from xloss.errors import OptionError, UnsupportedError
+from xloss.head import chunk, gemm
+from xloss.head.engine import HeadCall, RowBackend
+from xloss.head.options import HeadInputs, HeadOptions, LiveRows
+from xloss.head.plan import Plan, PlanKind, PlanRequest, make_plan
+
+Mode = Literal["auto", "eager", "chunk", "fused"]
+MODES: tuple[str, ...] = ("auto", "eager", "chunk", "fused")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a call runs, as opposed to what it computes."""
+
+    mode: Mode = "auto"
+    chunk_size: int | None = None
+    logits_budget: int | None = None
+    allow_retain_graph: bool = False
+    check_labels: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise OptionError(f"mode must be one of {MODES}; got {self.mode!r}")
+        for name in ("chunk_size", "logits_budget"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value <= 0):
+                raise OptionError(f"{name} must be a positive integer or None; got {value!r}")
+
+
+def fused_missing() -> str | None:
+    """Why ``mode="fused"`` cannot run here, or ``None`` if it can."""
+    return "the Triton kernels are not part of this version"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the ``triton`` package is importable, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def resolve_mode(mode: Mode, device_type: str) -> Literal["eager", "chunk", "fused"]:
+    """``auto`` is ``fused`` on CUDA where the kernels can run, else ``chunk``. Raises for ``fused`` where they cannot."""
+    missing = fused_missing()
+    if mode == "auto":
+        return "fused" if device_type == "cuda" and missing is None else "chunk"
+    if mode == "fused" and missing is not None:
+        raise UnsupportedError(f"mode='fused' cannot run: {missing}; use mode='chunk' or 'auto'")
+    return mode
+
+
+def gather_inputs(
+    hidden_states: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    labels: Tensor,
+    temperature: float | Tensor,
+    options: HeadOptions,
+    run: RunOptions,
+    label_name: str = "labels",
+) -> HeadInputs:
+    """Check everything and flatten the token axes. Values of labels and temperatures are read on CPU, and on CUDA
+    (where it waits for the device) only with ``check_labels=True``."""
+    shapes.check_positive("softcap", options.softcap)
+    shapes.check_positive("logit_scale", options.logit_scale)
+    device_type = head_weight.device.type if isinstance(head_weight, Tensor) else "cpu"
+    autocast = torch.is_autocast_enabled(device_type)
+    shapes.check_head(hidden_states, head_weight, head_bias, autocast)
+    shapes.check_labels(labels, hidden_states, label_name)
+    read_values = run.check_labels if run.check_labels is not None else not labels.is_cuda
+    lead = hidden_states.shape[:-1]
+    shapes.check_temperature(temperature, lead, hidden_states.device, values=read_values)
+    if read_values:
+        shapes.check_label_range(labels, head_weight.shape[0], options.ignore_index, label_name)
+    operand = hidden_states.dtype
+    if autocast and operand != torch.float64:
+        operand = torch.get_autocast_dtype(device_type)
+    acc = gemm.accumulate_dtype(operand)
+    flat = labels.reshape(-1, *labels.shape[len(lead) :]).to(torch.int64)
+    return HeadInputs(
+        hidden=hidden_states.reshape(-1, hidden_states.shape[-1]),
+        weight=head_weight,
+        bias=head_bias,
+        labels=flat,
+        temperature=temperature.reshape(-1).to(acc) if isinstance(temperature, Tensor) else float(temperature),
+        lead=lead,
+        operand_dtype=operand,
+    )
+
+
+def live_rows(labels: Tensor, ignore_index: int) -> LiveRows:
+    """Rows of flat labels that are not ignored. On CUDA all of them: counting would make the stream wait."""
+    if labels.is_cuda:
+        return LiveRows.all(labels.shape[0])
+    live = labels != ignore_index
+    return LiveRows.find(live if labels.ndim == 1 else live.any(1))
+
+
+def plan_call(
+    inputs: HeadInputs, rows: LiveRows, kind: PlanKind, mode: str, run: RunOptions, reasons: tuple[str, ...] = ()
+) -> Plan:
+    """The plan for checked inputs."""
+    acc = gemm.accumulate_dtype(inputs.operand_dtype)
+    return make_plan(
+        PlanRequest(
+            kind=kind,
+            mode=mode,
+            num_rows=rows.total,
+            num_live=rows.num_live,
+            num_grad=rows.num_grad if kind != "forward-only" else 0,
+            hidden_size=inputs.weight.shape[1],
+            vocab_size=inputs.weight.shape[0],
+            logit_bytes=acc.itemsize,
+            device_type=inputs.weight.device.type,
+            chunk_size=run.chunk_size,
+            logits_budget=run.logits_budget,
+            weight_grad=inputs.weight.requires_grad,
+            hidden_grad=inputs.hidden.requires_grad,
+            reasons=reasons,
+        )
+    )
+
+
+def head_call(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, plan: Plan, run: RunOptions) -> HeadCall:
+    """Everything the chunk loops need."""
+    return HeadCall(
+        labels=inputs.labels,
+        temperature=inputs.temperature,
+        options=options,
+        rows=rows,
+        plan=plan,
+        backend=cast(RowBackend, chunk),
+        operand_dtype=inputs.operand_dtype,
+        allow_retain_graph=run.allow_retain_graph,
+    )

@@ -1,0 +1,252 @@
+"""The chunk loops: statistics of all live rows, and gradients from adjoints. Shared by all chunked backends.
+
+Nothing here knows a loss. ``HeadCall`` is the one options object that crosses; tensors that autograd tracks are passed
+beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xloss.head import gemm
+from xloss.head.chunk import RowState
+from xloss.head.options import HeadOptions, LiveRows, rows_of
+from xloss.head.plan import Plan
+from xloss.stats import DIFFERENTIABLE, TokenStats, mask_ignored
+
+Adjoints = dict[str, Tensor]
+
+
+class RowBackend(Protocol):
+    """Row work on one chunk of logits; ``xloss.head.chunk`` is the torch one and says what each function means."""
+
+    def forward(
+        self, raw: Tensor, labels: Tensor, temperature: float | Tensor, options: HeadOptions, *, for_backward: bool
+    ) -> RowState: ...
+
+    def resume(
+        self, raw: Tensor, labels: Tensor, temperature: float | Tensor, options: HeadOptions, stats: TokenStats
+    ) -> RowState: ...
+
+    def backward(self, state: RowState, adjoints: Adjoints, options: HeadOptions) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """One call of the head on flattened tokens: labels ``[T]`` or ``[T, K]``, temperature scalar or ``[T]``."""
+
+    labels: Tensor
+    temperature: float | Tensor
+    options: HeadOptions
+    rows: LiveRows
+    plan: Plan
+    backend: RowBackend
+    operand_dtype: torch.dtype
+    allow_retain_graph: bool = False
+
+
+@dataclass
+class Chunk:
+    """A chunk of live rows after its forward: rows ``start:stop`` of the live order, their hidden states and state."""
+
+    start: int
+    stop: int
+    hidden: Tensor
+    state: RowState
+
+
+class ChunkRunner:
+    """Runs chunks of one call over one work buffer, operands cast once."""
+
+    def __init__(self, call: HeadCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.call = call
+        self.hidden = hidden.detach()
+        self.weight = weight.detach().to(call.operand_dtype)
+        self.bias = None if bias is None else bias.detach()
+        self._buffer: Tensor | None = None
+
+    def new_buffer(self, rows: int) -> Tensor:
+        """An uninitialised ``[rows, V]`` buffer of logits."""
+        dtype = gemm.accumulate_dtype(self.call.operand_dtype)
+        return self.hidden.new_empty((rows, self.weight.shape[0]), dtype=dtype)
+
+    def work_buffer(self, rows: int) -> Tensor:
+        """The shared buffer's first rows; grows to the largest chunk and is reused."""
+        if self._buffer is None or self._buffer.shape[0] < rows:
+            self._buffer = None  # free the smaller one first
+            self._buffer = self.new_buffer(rows)
+        return self._buffer[:rows]
+
+    def hidden_rows(self, start: int, stop: int) -> Tensor:
+        return self.call.rows.take(self.hidden, start, stop).to(self.call.operand_dtype)
+
+    def forward(self, start: int, stop: int, buffer: Tensor, *, for_backward: bool) -> Chunk:
+        """Logits and statistics of live rows ``start:stop`` in ``buffer``."""
+        call = self.call
+        hidden = self.hidden_rows(start, stop)
+        raw = gemm.project(hidden, self.weight, self.bias, buffer)
+        state = call.backend.forward(
+            raw,
+            call.rows.take(call.labels, start, stop),
+            rows_of(call.temperature, call.rows, start, stop),
+            call.options,
+            for_backward=for_backward,
+        )
+        return Chunk(start, stop, hidden, state)
+
+
+class GradSink:
+    """Gradients of hidden, weight and bias, added up chunk by chunk in float32; absent ones cost nothing."""
+
+    def __init__(self, runner: ChunkRunner, needs: tuple[bool, bool, bool]) -> None:
+        hidden, weight = runner.hidden, runner.weight
+        acc = gemm.accumulate_dtype(runner.call.operand_dtype)
+        self.runner = runner
+        # bf16 has float32's range, so its gradient can wait in bf16; float16's cannot
+        keep = torch.bfloat16 if hidden.dtype == torch.bfloat16 else acc
+        self.hidden = torch.zeros(hidden.shape, dtype=keep, device=hidden.device) if needs[0] else None
+        self.weight = torch.empty(weight.shape, dtype=acc, device=weight.device) if needs[1] else None
+        self.bias = torch.zeros(weight.shape[0], dtype=acc, device=weight.device) if needs[2] else None
+        self._first = True
+
+    def add(self, dlogits: Tensor, hidden: Tensor, rows: Tensor | slice) -> None:
+        """A chunk's gradient of raw logits ``[C, V]`` with its hidden states ``[C, H]`` and places in ``[T]``."""
+        if self.hidden is not None:
+            self.hidden[rows] = gemm.grad_hidden(dlogits, self.runner.weight).to(self.hidden.dtype)
+        if self.weight is not None:
+            gemm.add_grad_weight(self.weight, dlogits, hidden, self._first)
+        if self.bias is not None:
+            self.bias += dlogits.sum(0)
+        self._first = False
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The sums; zero where no row had a gradient."""
+        if self._first and self.weight is not None:
+            self.weight.zero_()
+        return self.hidden, self.weight, self.bias
+
+
+def row_places(rows: LiveRows, start: int, stop: int) -> Tensor | slice:
+    """Where live rows ``start:stop`` stand in ``[T]``."""
+    return slice(start, stop) if rows.index is None else rows.index[start:stop]
+
+
+def masked_stats(call: HeadCall, chunk: Chunk) -> TokenStats:
+    """The chunk's statistics as the outside sees them: 0 at ignored labels."""
+    return mask_ignored(chunk.state.stats, chunk.state.labels, call.options.ignore_index)
+
+
+def cat_stats(parts: list[TokenStats], runner: ChunkRunner) -> TokenStats:
+    """Statistics of consecutive chunks as one; empty tensors of the right kind where there is no chunk."""
+    if not parts:
+        labels, spec = runner.call.labels, runner.call.options.stats
+        empty = runner.new_buffer(0)[:, :0].sum(1)
+        wanted = {n: empty if getattr(spec, n) else None for n in ("entropy", "mean_logit", "sum_p2")}
+        top1 = empty.to(torch.int64) if spec.top1 else None
+        return TokenStats(empty.new_empty((0, *labels.shape[1:])), empty, **wanted, top1=top1)
+    names = [n for n in (*DIFFERENTIABLE, "top1") if getattr(parts[0], n) is not None]
+    return replace(parts[0], **{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
+
+
+def forward_stats(runner: ChunkRunner, start: int, stop: int) -> TokenStats:
+    """Statistics of live rows ``start:stop``, nothing kept."""
+    parts = []
+    with torch.autocast(runner.hidden.device.type, enabled=False):
+        for a, b in runner.call.plan.chunks(start, stop):
+            chunk = runner.forward(a, b, runner.work_buffer(b - a), for_backward=False)
+            parts.append(masked_stats(runner.call, chunk))
+    return cat_stats(parts, runner)
+
+
+def one_pass(
+    runner: ChunkRunner, sink: GradSink, adjoints_of: Callable[[int, int, TokenStats], Adjoints]
+) -> TokenStats:
+    """Statistics of all live rows, with gradients formed chunk by chunk for those that can have one.
+
+    ``adjoints_of(start, stop, stats)`` is the loss: it sees the statistics of live rows ``start:stop`` and returns one
+    adjoint per statistic it used. Rows past ``num_grad`` are shown to it as well, and what it returns for them is dropped.
+    """
+    call, parts = runner.call, []
+    for a, b in call.plan.chunks(0, call.rows.num_grad):
+        chunk = runner.forward(a, b, runner.work_buffer(b - a), for_backward=True)
+        stats = masked_stats(call, chunk)
+        adjoints = adjoints_of(a, b, stats)
+        parts.append(stats)
+        dlogits = call.backend.backward(chunk.state, adjoints, call.options)
+        sink.add(dlogits, chunk.hidden, row_places(call.rows, a, b))
+    for a, b in call.plan.chunks(call.rows.num_grad, call.rows.num_live):
+        chunk = runner.forward(a, b, runner.work_buffer(b - a), for_backward=False)
+        parts.append(masked_stats(call, chunk))
+        adjoints_of(a, b, parts[-1])
+    return cat_stats(parts, runner)
+
+
+def two_pass_forward(runner: ChunkRunner) -> tuple[TokenStats, TokenStats, list[Chunk]]:
+    """Pass 1: statistics of all live rows (masked, and as the backward needs them) and the chunks kept for pass 2."""
+    call, masked, exact, kept = runner.call, [], [], []
+    spans = call.plan.chunks(0, call.rows.num_grad)
+    for i, (a, b) in enumerate(spans):
+        keep = i < call.plan.saved_chunks
+        buffer = runner.new_buffer(b - a) if keep else runner.work_buffer(b - a)
+        chunk = runner.forward(a, b, buffer, for_backward=keep)
+        masked.append(masked_stats(call, chunk))
+        exact.append(chunk.state.stats)
+        if keep:
+            kept.append(chunk)
+    rest = forward_stats(runner, call.rows.num_grad, call.rows.num_live)
+    return cat_stats([*masked, rest], runner), cat_stats(exact, runner), kept
+
+
+def two_pass_backward(
+    runner: ChunkRunner, sink: GradSink, kept: list[Chunk], stats: TokenStats, adjoints: Adjoints
+) -> None:
+    """Pass 2: gradients from adjoints of the first ``num_grad`` live rows; kept logits first, then logits made again."""
+    call = runner.call
+    for chunk, alive in _alive_rows(kept, adjoints):
+        state, hidden, places = chunk.state, chunk.hidden, row_places(call.rows, chunk.start, chunk.stop)
+        span = slice(chunk.start, chunk.stop)
+        if alive is not None:
+            state, hidden = state.keep_rows_(alive), hidden.index_select(0, alive)
+            places = alive + chunk.start if isinstance(places, slice) else places[alive]
+        if hidden.shape[0]:
+            own = {k: v[span] if alive is None else v[span][alive] for k, v in adjoints.items()}
+            sink.add(call.backend.backward(state, own, call.options), hidden, places)
+    done = kept[-1].stop if kept else 0
+    alive = _nonzero_rows(adjoints, done, call.rows.num_grad)
+    count = call.rows.num_grad - done if alive is None else alive.numel()
+    for a, b in call.plan.chunks(0, count):
+        rows = slice(done + a, done + b) if alive is None else alive[a:b]
+        places = row_places(call.rows, 0, call.rows.num_grad)
+        places = rows if isinstance(places, slice) else places[rows]
+        hidden = runner.hidden[places].to(call.operand_dtype)
+        raw = gemm.project(hidden, runner.weight, runner.bias, runner.work_buffer(b - a))
+        temperature = call.temperature[places] if isinstance(call.temperature, Tensor) else call.temperature
+        known = stats.map(lambda x, rows=rows: x[rows])  # type: ignore[misc]
+        state = call.backend.resume(raw, call.labels[places], temperature, call.options, known)
+        sink.add(call.backend.backward(state, {k: v[rows] for k, v in adjoints.items()}, call.options), hidden, places)
+
+
+def _nonzero_rows(adjoints: Adjoints, start: int, stop: int) -> Tensor | None:
+    """Rows with an adjoint that is not 0 (clipped tokens have none), or ``None`` where leaving rows out does not pay.
+
+    Counting them would make a CUDA stream wait, so there they all take part.
+    """
+    if next(iter(adjoints.values())).is_cuda:
+        return None
+    used = torch.zeros(stop - start, dtype=torch.bool)
+    for adjoint in adjoints.values():
+        part = adjoint[start:stop] != 0
+        used |= part if part.ndim == 1 else part.any(1)
+    alive = used.nonzero().squeeze(1)
+    return None if alive.numel() > 0.97 * (stop - start) else alive + start
+
+
+def _alive_rows(kept: list[Chunk], adjoints: Adjoints) -> Iterator[tuple[Chunk, Tensor | None]]:
+    for chunk in kept:
+        alive = _nonzero_rows(adjoints, chunk.start, chunk.stop)
+        yield chunk, None if alive is None else alive - chunk.start

@@ -1,0 +1,133 @@
+"""The autograd functions around the chunk loops: one for each plan that has gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from xloss.errors import GraphError
+from xloss.head import engine
+from xloss.head.engine import Adjoints, ChunkRunner, GradSink, HeadCall
+from xloss.stats import DIFFERENTIABLE, TokenStats
+
+Loss = Callable[[int, int, TokenStats], Adjoints]
+Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class OnePass(torch.autograd.Function):
+    """Gradients formed in forward, scaled in backward by the upstream scalar (no host sync)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, job: OnePassJob
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            runner = ChunkRunner(call, hidden, weight, bias)
+            sink = GradSink(runner, ctx.needs_input_grad[:3])
+            job.stats = engine.one_pass(runner, sink, job.adjoints_of)
+        ctx.save_for_backward(*sink.finish())
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.keep, ctx.spent = call.allow_retain_graph, False
+        return job.total()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise GraphError(
+                "backward ran a second time through a one-pass loss, whose gradients were handed out by the first; "
+                "set allow_retain_graph=True (keeps a copy) or plan='two_pass' (computes them again)"
+            )
+        ctx.spent = not ctx.keep
+        scaled = [
+            None if g is None else _scale(g, grad_loss, dtype, in_place=not ctx.keep)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)
+
+
+class OnePassJob:
+    """A token-local loss on its way through one pass: collects statistics and the loss of each token.
+
+    ``loss_of(start, stop, stats)`` returns the losses ``[C]`` of live rows ``start:stop``, differentiable in ``stats``.
+    """
+
+    def __init__(self, loss_of: Callable[[int, int, TokenStats], Tensor], num_grad: int, like: Tensor) -> None:
+        self.loss_of, self.num_grad, self.like = loss_of, num_grad, like
+        self.losses: list[Tensor] = []
+        self.stats: TokenStats | None = None
+
+    def adjoints_of(self, start: int, stop: int, stats: TokenStats) -> Adjoints:
+        """Loss of one chunk and its derivative with respect to every statistic."""
+        if start >= self.num_grad:
+            with torch.no_grad():
+                self.losses.append(self.loss_of(start, stop, stats))
+            return {}
+        leaves = {name: value.detach().requires_grad_() for name, value in stats.differentiable()}
+        with torch.enable_grad():
+            loss = self.loss_of(start, stop, TokenStats(**leaves, top1=stats.top1))
+            total = loss.sum()
+        self.losses.append(loss.detach())
+        zero = torch.zeros_like(leaves["logprobs"])
+        if not loss.requires_grad:
+            return {"logprobs": zero}
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        found = {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
+        return {"logprobs": zero} | found
+
+    def token_losses(self) -> Tensor:
+        """Losses of all live rows in live order, ``[num_live]``."""
+        return torch.cat(self.losses) if self.losses else self.like.new_zeros(0)
+
+    def total(self) -> Tensor:
+        return self.token_losses().sum()
+
+
+class LinearLogprobs(torch.autograd.Function):
+    """Token statistics as differentiable outputs, in live order; the backward takes any adjoints (two-pass plan)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
+    ) -> tuple[Tensor | None, ...]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            masked, exact, ctx.kept = engine.two_pass_forward(ChunkRunner(call, hidden, weight, bias))
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.call, ctx.exact = call, exact
+        ctx.set_materialize_grads(False)
+        if masked.top1 is not None:
+            ctx.mark_non_differentiable(masked.top1)
+        return (*(getattr(masked, name) for name in DIFFERENTIABLE), masked.top1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: HeadCall = ctx.call
+        hidden, weight, bias = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, []  # a second backward computes the logits again
+        acc = {n: g[: call.rows.num_grad] for n, g in zip(DIFFERENTIABLE, grads, strict=False) if g is not None}
+        with torch.autocast(hidden.device.type, enabled=False):
+            runner = ChunkRunner(call, hidden, weight, bias)
+            sink = GradSink(runner, ctx.needs_input_grad[:3])
+            if acc:
+                acc.setdefault("logprobs", torch.zeros_like(ctx.exact.logprobs))
+                engine.two_pass_backward(runner, sink, kept, ctx.exact, acc)
+        return (*_cast(sink.finish(), (hidden, weight, bias)), None)
+
+
+def _cast(grads: Triple, like: Triple) -> Triple:
+    h, w, b = (None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, like, strict=True))
+    return h, w, b
+
+
+def _scale(grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    if not upstream.is_cuda and float(upstream) == 1.0:  # on CUDA reading it would wait for the device
+        return grad.to(dtype) if in_place else grad.to(dtype, copy=True)
+    if grad.dtype in (torch.float32, torch.float64):
+        upstream = upstream.to(grad.dtype)
+        return grad.mul_(upstream).to(dtype) if in_place else (grad * upstream).to(dtype)
+    return (grad.float() * upstream).to(dtype)

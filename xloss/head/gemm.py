@@ -1,0 +1,95 @@
+"""The three products of the head, always accumulated in float32 (float64 for float64).
+
+bf16 and fp16 operands: on CUDA the tensor cores multiply them as they are and write float32
+(``mm(..., out_dtype=float32)``, torch >= 2.8); elsewhere they are widened a block of the vocabulary at a time, which is
+exact, because a product of two such numbers fits float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_WIDEN_ROWS = 8192  # vocabulary rows widened at once: a 32 MiB float32 temporary at H = 1024
+_BIAS_FLOOR = -1e30  # a banned token's bias of -inf becomes this: its probability is exactly 0 and p * z stays 0
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def accumulate_dtype(operand: torch.dtype) -> torch.dtype:
+    """dtype of logits, statistics and gradient accumulators for GEMM operands of dtype ``operand``."""
+    return torch.float64 if operand == torch.float64 else torch.float32
+
+
+def _tensor_cores(x: Tensor) -> bool:
+    return x.dtype in LOW_PRECISION and x.is_cuda
+
+
+def _wide_blocks(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """``(start, stop, weight[start:stop])`` in accumulator precision; one block, not copied, where it is already wide."""
+    if weight.dtype not in LOW_PRECISION:
+        yield 0, weight.shape[0], weight
+        return
+    for start in range(0, weight.shape[0], _WIDEN_ROWS):
+        stop = min(start + _WIDEN_ROWS, weight.shape[0])
+        yield start, stop, weight[start:stop].float()
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """``out [C, V] = hidden [C, H] @ weight [V, H]^T + bias [V]``."""
+    if _tensor_cores(hidden):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for start, stop, block in _wide_blocks(weight):
+            torch.mm(wide, block.t(), out=out[:, start:stop])
+    if bias is not None:
+        out += bias.to(out.dtype).clamp(min=_BIAS_FLOOR)
+    return out
+
+
+def grad_hidden(dlogits: Tensor, weight: Tensor) -> Tensor:
+    """``dlogits [C, V] @ weight [V, H]``, ``[C, H]`` in accumulator precision."""
+    if _tensor_cores(weight):
+        operand, scale = _narrow(dlogits, weight.dtype)
+        return torch.mm(operand, weight, out_dtype=torch.float32) * scale
+    out = dlogits.new_empty(dlogits.shape[0], weight.shape[1])
+    for start, stop, block in _wide_blocks(weight):
+        if start == 0:
+            torch.mm(dlogits[:, start:stop], block, out=out)
+        else:
+            out.addmm_(dlogits[:, start:stop], block)
+    return out
+
+
+def add_grad_weight(acc: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
+    """``acc [V, H] (+)= dlogits [C, V]^T @ hidden [C, H]``; the first chunk is written, so ``acc`` may be uninitialised."""
+    if _tensor_cores(hidden):
+        operand, scale = _narrow(dlogits, hidden.dtype)
+        if hidden.dtype == torch.float16:
+            product = torch.mm(operand.t(), hidden, out_dtype=torch.float32) * scale
+            acc.copy_(product) if first else acc.add_(product)
+        elif first:
+            torch.mm(operand.t(), hidden, out_dtype=torch.float32, out=acc)
+        else:
+            torch.addmm(acc, operand.t(), hidden, out_dtype=torch.float32, out=acc)
+        return
+    wide = hidden.to(acc.dtype)
+    if first:
+        torch.mm(dlogits.t(), wide, out=acc)
+    else:
+        acc.addmm_(dlogits.t(), wide)
+
+
+def _narrow(dlogits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """dlogits as a tensor-core operand and the factor its product must be multiplied by.
+
+    float16 has too small a range for gradients that already hold ``1 / num_tokens``: they are brought to [-1, 1] by a
+    power of two computed on the device (no sync), so that nothing underflows before a GradScaler could help.
+    """
+    if dtype != torch.float16:
+        return dlogits.to(dtype), 1.0
+    exponent = torch.ceil(torch.log2(dlogits.abs().amax().clamp(min=1e-38)))
+    return (dlogits * torch.exp2(-exponent)).to(dtype), torch.exp2(exponent)

@@ -1,0 +1,1 @@
+"""The trios Config / Kwargs / Context, one method a file. Pydantic lives here and nowhere below."""

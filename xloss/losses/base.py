@@ -1,0 +1,290 @@
+"""The trio every loss is made of: ``BaseLossConfig``, ``BaseLossKwargs`` (in ``model``), ``BaseLossContext``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_type_hints
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from xloss.errors import MissingFieldError, OptionError
+from xloss.head.dispatch import Mode, RunOptions
+from xloss.head.options import HeadOptions, LiveRows
+from xloss.head.plan import Plan
+from xloss.losses import run
+from xloss.losses.info import LossInfo
+from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, StrictModel
+from xloss.metrics import Metric
+from xloss.stats import StatSpec, TokenStats
+
+InputItem = TypeVar("InputItem", bound=BaseLossContextInputItem)
+TokenLoss = Tensor | tuple[Tensor, dict[str, Metric]]
+
+
+class BaseLossConfig(StrictModel):
+    """What you chose: frozen and serialisable. Subclass it with the fields of your loss and its ``loss_ctx_cls``.
+
+    Args:
+        ignore_idx: label of tokens to leave out.
+        mode: ``eager`` (holds logits, plain autograd, returns them), ``chunk`` (any device), ``fused`` (Triton), ``auto``.
+        chunk_size: tokens per chunk; ``None`` sizes chunks in bytes.
+        plan: ``auto``, or ``two_pass`` to have differentiable ``info.logprobs``, or ``one_pass``.
+        logits_budget: bytes of logits held at once; default 64 MiB on CPU, 2 GiB on CUDA.
+        temperature: divides the logits; per-token values go into the batch instead.
+        softcap: ``c`` in ``c tanh(x / c)``, or ``None``.
+        logit_scale: factor on the logits, before the cap.
+        return_entropy: put each token's entropy into ``info``.
+        skip_zero_grad_rows: also leave out the statistics (log-probs, metrics) of tokens whose gradient is known to be 0.
+        allow_retain_graph: allow several backwards through a one-pass loss, at the price of a copy of the gradients.
+        check_labels: read label values to check them; default on CPU only, as CUDA would wait.
+        grad_reduce: what the training engine does to gradients of several ranks: ``mean`` (DDP, FSDP) or ``sum``.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    ignore_idx: int = -100
+    mode: Mode = "auto"
+    chunk_size: int | None = Field(default=None, gt=0)
+    plan: Literal["auto", "one_pass", "two_pass"] = "auto"
+    logits_budget: int | None = Field(default=None, gt=0)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    softcap: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    logit_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    return_entropy: bool = False
+    skip_zero_grad_rows: bool = False
+    allow_retain_graph: bool = False
+    check_labels: bool | None = None
+    grad_reduce: Literal["mean", "sum"] = "mean"
+
+    @property
+    def loss_ctx_cls(self) -> type[BaseLossContext[Any]]:
+        """The context that computes this loss."""
+        raise NotImplementedError(f"{type(self).__name__} must define the property loss_ctx_cls")
+
+    @property
+    def loss_kwargs_cls(self) -> type[BaseLossKwargs]:
+        """The kwargs of this loss: the annotation of ``loss_kwargs`` in its context."""
+        found: type[BaseLossKwargs] = get_type_hints(self.loss_ctx_cls)["loss_kwargs"]
+        return found
+
+    def build(
+        self, data: dict[str, Any], sp_mesh: DeviceMesh | None = None, device: torch.device | str | None = None
+    ) -> BaseLossContext[Any] | None:
+        """A context for one micro-batch straight from a dict, to be calibrated by ``build_batches``.
+
+        Keys are the kwargs' field names; others are not ours and are passed over. ``None`` when a required one is missing.
+        With ``sp_mesh`` the full sequences given are split, each rank keeping its part.
+        """
+        kwargs_cls = self.loss_kwargs_cls
+        fields = kwargs_cls.model_fields
+        given = {name: data[name] for name in fields if data.get(name) is not None}
+        if any(info.is_required() and name not in given for name, info in fields.items()):
+            return None
+        loss_kwargs = kwargs_cls(**given)
+        loss_kwargs.check()
+        if device is not None:
+            loss_kwargs.to(device)
+        if sp_mesh is not None:
+            loss_kwargs.sp_split(sp_mesh)
+        return self.loss_ctx_cls(self, loss_kwargs)
+
+    def head_options(self, stats: StatSpec) -> HeadOptions:
+        """How hidden states become logits under this config."""
+        return HeadOptions(self.logit_scale, self.softcap, self.ignore_idx, stats)
+
+    def run_options(self) -> RunOptions:
+        """How the head runs under this config."""
+        return RunOptions(self.mode, self.chunk_size, self.logits_budget, self.allow_retain_graph, self.check_labels)
+
+
+class BaseLossContext(Generic[InputItem]):
+    """Config and calibrated kwargs of one micro-batch: call it with hidden states and the head.
+
+    A loss of your own is a subclass that defines one of
+
+    - ``token_loss(stats, loss_kwargs)``: on per-token vectors, with the kernels and plans of the built-in losses;
+    - ``loss_fn(hidden_states, head_weight, head_bias, loss_kwargs)``: anything, run chunk by chunk through autograd.
+    """
+
+    loss_cfg: BaseLossConfig
+    loss_kwargs: BaseLossKwargs
+    token_local: ClassVar[bool] = False
+    """Promise that ``token_loss`` returns ``[T]`` losses each of which depends on its own token alone (one-pass plan)."""
+
+    def __init__(self, loss_cfg: BaseLossConfig, loss_kwargs: BaseLossKwargs) -> None:
+        if not isinstance(loss_cfg, BaseLossConfig):
+            raise OptionError(f"loss_cfg must be a BaseLossConfig; got {type(loss_cfg).__name__}")
+        if not isinstance(loss_kwargs, BaseLossKwargs):
+            raise OptionError(f"loss_kwargs must be a BaseLossKwargs; got {type(loss_kwargs).__name__}")
+        self.loss_cfg = loss_cfg
+        self.loss_kwargs = loss_kwargs
+
+    # -- building batches ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build_batches_loss_kwargs(
+        cls,
+        data_batches: Sequence[InputItem],
+        loss_cfg: Any,
+        cu_seq_lens_list: Sequence[Tensor] | None = None,
+        sp_mesh: DeviceMesh | None = None,
+    ) -> list[Any]:
+        """Kwargs of every micro-batch of one optimizer step, calibrated over all of them and all ranks.
+
+        Args:
+            data_batches: one item per micro-batch; with ``sp_mesh``, already split by ``item.sp_split(sp_mesh)``.
+            loss_cfg: config of this loss.
+            cu_seq_lens_list: bounds of the packed sequences of each micro-batch (whole packs, also under ``sp_mesh``).
+            sp_mesh: ranks that hold parts of one sequence.
+        """
+        kwargs_cls = loss_cfg.loss_kwargs_cls
+        shared = [n for n in kwargs_cls.model_fields if data_batches and n in type(data_batches[0]).model_fields]
+        kwargs_list = [kwargs_cls(**{n: getattr(item, n) for n in shared}) for item in data_batches]
+        cls.calibrate(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh)
+        for kwargs in kwargs_list:
+            cls(loss_cfg, kwargs).find_rows()
+        return kwargs_list
+
+    @classmethod
+    def build_batches(
+        cls,
+        loss_ctx_list: Sequence[Self],
+        cu_seq_lens_list: Sequence[Tensor] | None = None,
+        sp_mesh: DeviceMesh | None = None,
+    ) -> list[Self]:
+        """Calibrate contexts made by ``config.build`` together, in place, and return them."""
+        if not loss_ctx_list:
+            raise OptionError("loss_ctx_list must not be empty")
+        first = loss_ctx_list[0].loss_cfg
+        if any(ctx.loss_cfg != first for ctx in loss_ctx_list):
+            raise OptionError("loss_ctx_list holds contexts of different configs; calibrate each config's apart")
+        cls.calibrate([ctx.loss_kwargs for ctx in loss_ctx_list], first, cu_seq_lens_list, sp_mesh)
+        for ctx in loss_ctx_list:
+            ctx.find_rows()
+        return list(loss_ctx_list)
+
+    @classmethod
+    def calibrate(
+        cls,
+        kwargs_list: list[Any],
+        loss_cfg: Any,
+        cu_seq_lens_list: Sequence[Tensor] | None,
+        sp_mesh: DeviceMesh | None,
+    ) -> None:
+        """Fill in, in place, what only the whole global batch knows: denominators and weights. Default: nothing."""
+
+    @classmethod
+    def cat(cls, chunks: Sequence[Self]) -> Self:
+        """Contexts of one config as one, their tokens joined. Weights stay as calibrated, so losses and gradients add."""
+        if not chunks:
+            raise OptionError("chunks must not be empty")
+        if any(c.loss_cfg != chunks[0].loss_cfg for c in chunks):
+            raise OptionError("chunks hold contexts of different configs")
+        kwargs_cls = type(chunks[0].loss_kwargs)
+        return cls(chunks[0].loss_cfg, kwargs_cls.cat([c.loss_kwargs for c in chunks]))
+
+    # -- the loss --------------------------------------------------------------------------------------------------
+
+    def stats_needed(self) -> StatSpec:
+        """Statistics that ``token_loss`` reads beside ``logprobs`` and ``lse``."""
+        return StatSpec(entropy=self.loss_cfg.return_entropy)
+
+    def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> TokenLoss:
+        """The loss from per-token vectors: ``[T]`` losses or a scalar, alone or with a dict of metrics.
+
+        Token-local losses see live tokens only; others see all ``T`` in order, with 0 in every field of those left out.
+        Weights (``loss_kwargs.loss_weight`` and the like) are for this function to apply.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define token_loss or loss_fn")
+
+    def loss_fn(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: Any) -> Any:
+        """The loss of these hidden states by plain autograd, with the logits materialised.
+
+        Override it to compute anything; it is then called on chunks, whose losses are added, and may return ``loss``,
+        ``(loss, logits)`` or ``(loss, (logits, extra_info))``.
+        """
+        return run.run_token_loss(self, hidden_states, head_weight, head_bias, loss_kwargs, mode="eager")
+
+    @property
+    def has_own_loss_fn(self) -> bool:
+        """Whether this class replaced ``loss_fn``, and so is run through autograd."""
+        return type(self).loss_fn is not BaseLossContext.loss_fn
+
+    def known_zero_grad(self) -> Tensor | None:
+        """Mask of tokens whose gradient is 0 whatever the model says, in the shape of the labels, or ``None``."""
+        return None
+
+    def check_ready(self) -> None:
+        """Raise ``MissingFieldError`` unless every field the loss needs is there."""
+
+    def forward(
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+    ) -> tuple[Tensor, LossInfo]:
+        """Loss of this micro-batch (its share of the global one) and what was seen on the way.
+
+        Args:
+            hidden_states: ``[T, H]``, ``[1, T, H]`` or ``[B, S, H]``, leading shape of ``shifted_labels``.
+            head_weight: ``[V, H]``.
+            head_bias: ``[V]`` or ``None``.
+
+        Returns:
+            The loss, 0-d float32 (float64 for float64), to minimise; and a ``LossInfo``, which unpacks as
+            ``(logits, extra_info)``.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, LabelError, MissingFieldError, UnsupportedError: before any work.
+        """
+        self.loss_kwargs.check()
+        self.check_ready()
+        if self.has_own_loss_fn:
+            return run.run_loss_fn(self, hidden_states, head_weight, head_bias)
+        return run.run_token_loss(self, hidden_states, head_weight, head_bias, self.loss_kwargs)
+
+    __call__ = forward
+
+    def explain(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None) -> Plan:
+        """What ``forward`` would do with these inputs, and why; ``print`` it. Does none of the work."""
+        return run.explain(self, hidden_states, head_weight, head_bias)
+
+    # -- live rows -------------------------------------------------------------------------------------------------
+
+    def find_rows(self) -> LiveRows:
+        """Count live tokens now (waits for a CUDA device) and remember them in the kwargs for the forwards to come."""
+        live, zero = self.live_mask(), self.known_zero_grad()
+        if zero is not None:
+            zero = zero.reshape(-1)
+            if self.loss_cfg.skip_zero_grad_rows:
+                live, zero = live & ~zero, None
+        rows = LiveRows.find(live, zero)
+        self.loss_kwargs.remember_rows(rows)
+        return rows
+
+    def live_rows(self) -> LiveRows:
+        """Live tokens: those remembered if no tensor changed since; else counted, or on CUDA taken to be all."""
+        known = self.loss_kwargs.known_rows()
+        if known is not None:
+            return known
+        if self.loss_kwargs.shifted_labels.is_cuda:
+            return LiveRows.all(self.loss_kwargs.shifted_labels.numel())
+        return self.find_rows()
+
+    def live_mask(self) -> Tensor:
+        """``[T]`` bool: label not ignored, and some weight not 0 (when the kwargs mark weights)."""
+        kwargs = self.loss_kwargs
+        live = kwargs.shifted_labels.reshape(-1) != self.loss_cfg.ignore_idx
+        weights = [value.reshape(-1) for value, mark in kwargs.per_token().values() if mark.weight]
+        if weights:
+            live = live & torch.stack([w != 0 for w in weights]).any(0)
+        return live
+
+
+def require(loss_kwargs: BaseLossKwargs, name: str, remedy: str) -> Tensor:
+    """Field ``name`` of the kwargs, or a ``MissingFieldError`` that says what to do."""
+    value = getattr(loss_kwargs, name)
+    if value is None:
+        raise MissingFieldError(f"{name} is None in {type(loss_kwargs).__name__}; {remedy}")
+    assert isinstance(value, Tensor)
+    return value

@@ -1,0 +1,92 @@
+"""Global calibration: weights that already hold the denominator of the whole global batch.
+
+The loss and its gradient must not depend on how one global batch is cut into micro-batches, packs and ranks. So the
+weight of each token is divided, once per optimizer step, by a sum over all micro-batches of all ranks that hold distinct
+tokens; after that, losses of any cut add up to the same number. ``docs/calibration.md`` works an example with two ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from xloss import distributed
+from xloss.errors import MissingFieldError, OptionError, ShapeError
+from xloss.losses.model import BaseLossKwargs
+from xloss.packing import broadcast_segments, check_cu_seq_lens, rows_as_segments, segment_sum
+
+
+def attach_cu_seq_lens(
+    kwargs_list: Sequence[BaseLossKwargs], cu_seq_lens_list: Sequence[Tensor] | None, sp_mesh: DeviceMesh | None
+) -> None:
+    """Check the kwargs, and put each micro-batch's sequence bounds into its kwargs."""
+    if cu_seq_lens_list is not None:
+        if len(cu_seq_lens_list) != len(kwargs_list):
+            raise ShapeError(
+                f"cu_seq_lens_list has {len(cu_seq_lens_list)} entries for {len(kwargs_list)} micro-batches"
+            )
+        split = sp_mesh is not None and sp_mesh.size() > 1
+        for kwargs, bounds in zip(kwargs_list, cu_seq_lens_list, strict=True):
+            if not split:  # a rank's part of a pack is checked against the whole pack, in sequence_weights
+                kwargs.cu_seq_lens = bounds.to(kwargs.shifted_labels.device)
+    for kwargs in kwargs_list:
+        kwargs.check()
+
+
+def sequence_weights(
+    valid: Tensor, cu_seq_lens: Tensor | None, reduction: str, sp_mesh: DeviceMesh | None = None
+) -> Tensor:
+    """Weight of each token before the global division, in the shape of ``valid`` (bool, label not ignored).
+
+    ``token``: 1. ``sample``: ``1 / n_i``. ``square``: ``1 / sqrt(n_i)``, with ``n_i`` valid tokens of the token's
+    sequence: a packed one of ``cu_seq_lens``, else a row. Under sequence parallelism ``n_i`` counts all ranks' parts.
+    """
+    if reduction == "token":
+        return valid.to(torch.float32)
+    if reduction not in ("sample", "square"):
+        raise OptionError(f"loss_reduction must be token, sample or square; got {reduction!r}")
+    split = sp_mesh is not None and sp_mesh.size() > 1
+    whole = distributed.sp_gather(valid.to(torch.int32), sp_mesh) if split and sp_mesh is not None else valid
+    flat = whole.reshape(-1).to(torch.float32)
+    if cu_seq_lens is None:
+        if whole.ndim == 1 or whole.shape[0] == 1:
+            raise MissingFieldError(
+                f"loss_reduction={reduction!r} needs cu_seq_lens_list for a packed batch of shape {tuple(whole.shape)}: "
+                f"the bounds of its sequences, [0, {flat.numel()}] if it is one"
+            )
+        bounds = rows_as_segments(whole.shape, flat.device)
+    else:
+        bounds = cu_seq_lens.to(flat.device)
+        if split:  # positions past the pack are padding
+            check_cu_seq_lens(bounds, int(bounds[-1]))
+            if int(bounds[-1]) > flat.numel():
+                raise ShapeError(f"cu_seq_lens ends at {int(bounds[-1])}, past the {flat.numel()} tokens of all ranks")
+            bounds = torch.cat([bounds, bounds.new_tensor([flat.numel()])])
+    counts = segment_sum(flat, bounds)
+    per_token = broadcast_segments(counts.clamp(min=1), bounds, flat.numel())
+    weights = flat / (per_token if reduction == "sample" else per_token.sqrt())
+    weights = weights.reshape(whole.shape)
+    if split and sp_mesh is not None:
+        return distributed.sp_split(weights, sp_mesh, 0.0)
+    return weights
+
+
+def global_sum(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of all elements of all micro-batches of all ranks, 0-d; 1 where it is 0, so that nothing divides by 0.
+
+    One all-reduce per optimizer step, the same on every rank whatever its data.
+    """
+    total = torch.stack([p.sum(dtype=torch.float32) for p in parts]).sum()
+    total = distributed.all_reduce_sum(total)
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
+def gradient_factor(grad_reduce: str) -> float:
+    """What weights are multiplied by so that gradients come out right after the training engine reduced them.
+
+    ``mean`` (DDP, FSDP): the world size. ``sum``: 1.
+    """
+    return float(distributed.world_size()) if grad_reduce == "mean" else 1.0

@@ -1,0 +1,204 @@
+"""Pydantic bases: strict models that name a misspelt field, and batches whose tensors know how they pad and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from xloss import distributed, shapes
+from xloss.errors import MissingFieldError, OptionError, ShapeError, unknown_name
+from xloss.head.options import LiveRows
+from xloss.packing import check_cu_seq_lens
+
+
+class StrictModel(BaseModel):
+    """A model that refuses unknown fields and suggests the one that was probably meant."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise ValueError(unknown_name(f"field of {cls.__name__}", str(key), list(cls.model_fields)))
+        return data
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Marks a tensor field with one value per token, shaped like ``shifted_labels``.
+
+    ``pad`` fills positions added when a sequence is split over ranks. ``weight=True``: the loss of a token is multiplied
+    by this, so tokens for which every such field is 0 are left out of the head altogether.
+    """
+
+    pad: float = 0.0
+    weight: bool = False
+
+
+class TokenBatch(StrictModel):
+    """Tensors of one micro-batch. ``to``, ``chunk``, ``cat`` and ``sp_split`` follow from the fields' ``PerToken`` marks.
+
+    A tensor field without a mark that has the shape of ``shifted_labels`` counts as ``PerToken(pad=0)``; anything else
+    (``cu_seq_lens``, scalars) is not per token.
+
+    Args:
+        shifted_labels: ``[T]``, ``[1, T]`` packed or ``[B, S]`` padded, int; position t holds the token predicted there.
+        temperature: positive, one per token, or ``None``.
+    """
+
+    shifted_labels: Annotated[Tensor, PerToken(pad=-100)]
+    temperature: Annotated[Tensor | None, PerToken(pad=1.0)] = None
+
+    def per_token(self) -> dict[str, tuple[Tensor, PerToken]]:
+        """The per-token tensors present, with their marks."""
+        found = {}
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                continue
+            mark = next((m for m in info.metadata if isinstance(m, PerToken)), None)
+            if mark is None and value.shape == self.shifted_labels.shape and value.ndim > 0:
+                mark = PerToken()
+            if mark is not None:
+                found[name] = (value, mark)
+        return found
+
+    def check(self) -> None:
+        """Raise unless every marked tensor has the shape and device of ``shifted_labels``."""
+        labels = self.shifted_labels
+        if labels.ndim not in (1, 2):
+            raise ShapeError(f"shifted_labels must be [T], [1, T] or [B, S]; got {tuple(labels.shape)}")
+        for name, (value, _) in self.per_token().items():
+            shapes.check_per_token(name, value, labels, floating=name != "shifted_labels")
+
+    def replaced(self, values: dict[str, Any]) -> Self:
+        """A copy with some fields replaced, unchecked."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).model_construct(**(fields | values))
+
+    def map_tokens(self, fn: Callable[[Tensor, PerToken], Tensor]) -> Self:
+        """A copy with ``fn`` applied to every per-token tensor."""
+        return self.replaced({name: fn(value, mark) for name, (value, mark) in self.per_token().items()})
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move every tensor to ``device``, in place."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        return self
+
+    def sp_split(self, sp_mesh: DeviceMesh) -> Self:
+        """Keep this rank's part of every per-token tensor, in place; pads to equal parts."""
+        if sp_mesh.size() > 1:
+            for name, (value, mark) in self.per_token().items():
+                setattr(self, name, distributed.sp_split(value, sp_mesh, mark.pad))
+        return self
+
+
+class BaseLossContextInputItem(TokenBatch):
+    """What a user hands in for one micro-batch, before calibration."""
+
+
+class BaseLossKwargs(TokenBatch):
+    """Everything the loss of one micro-batch needs, calibrated: ready for ``Context.forward``.
+
+    Args:
+        cu_seq_lens: ``[N + 1]`` bounds of the sequences packed in ``shifted_labels``, or ``None``.
+    """
+
+    cu_seq_lens: Tensor | None = None
+    _rows: tuple[list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
+
+    def remember_rows(self, rows: LiveRows) -> None:
+        """Keep live rows counted for the present tensors; forgotten as soon as one is replaced or written to."""
+        tensors = [value for value, _ in self.per_token().values()]
+        if not any(t.is_inference() for t in tensors):  # those have no version counter to notice a write by
+            self._rows = ([(t, t._version) for t in tensors], rows)
+
+    def known_rows(self) -> LiveRows | None:
+        """Live rows counted before, if they still hold."""
+        if self._rows is None:
+            return None
+        now = [value for value, _ in self.per_token().values()]
+        then, rows = self._rows
+        same = len(now) == len(then) and all(
+            a is b and a._version == v for a, (b, v) in zip(now, then, strict=True)
+        )
+        return rows if same else None
+
+    def to(self, device: torch.device | str) -> Self:
+        rows = self.known_rows()
+        super().to(device)
+        if rows is not None:
+            self.remember_rows(rows.to(device))
+        return self
+
+    def sp_split(self, sp_mesh: DeviceMesh) -> Self:
+        if sp_mesh.size() > 1:
+            self.cu_seq_lens = None  # bounds of the whole pack do not describe a part of it
+        return super().sp_split(sp_mesh)
+
+    def check(self) -> None:
+        super().check()
+        labels = self.shifted_labels
+        if self.cu_seq_lens is not None:
+            if labels.ndim == 2 and labels.shape[0] != 1:
+                raise ShapeError(
+                    f"cu_seq_lens describes one packed row: shifted_labels must be [T] or [1, T]; got {tuple(labels.shape)}"
+                )
+            if not self.cu_seq_lens.is_cuda:
+                check_cu_seq_lens(self.cu_seq_lens, labels.numel())
+
+    def chunk(self, chunk_size: int) -> list[Self]:
+        """Pieces of at most ``chunk_size`` tokens along the last token axis; bounds in ``cu_seq_lens`` are clipped to each."""
+        if chunk_size <= 0:
+            raise OptionError(f"chunk_size must be positive; got {chunk_size}")
+        length = self.shifted_labels.shape[-1]
+        pieces = []
+        for start in range(0, max(length, 1), chunk_size):
+            stop = min(start + chunk_size, length)
+            piece = self.map_tokens(lambda x, _, a=start, b=stop: x[..., a:b])  # type: ignore[misc]
+            if self.cu_seq_lens is not None:
+                piece.cu_seq_lens = (self.cu_seq_lens - start).clamp(0, stop - start)
+            pieces.append(piece)
+        return pieces
+
+    @classmethod
+    def cat(cls, chunks: Sequence[Self]) -> Self:
+        """Pieces joined along the last token axis. A field must be present in all or in none of them."""
+        if not chunks:
+            raise OptionError("chunks must not be empty")
+        first, joined = chunks[0], {}
+        for name in first.per_token():
+            parts = [getattr(c, name) for c in chunks]
+            if any(p is None for p in parts):
+                raise MissingFieldError(f"{name} is None in some of the chunks to cat and a tensor in others")
+            joined[name] = torch.cat(parts, dim=-1)
+        if first.cu_seq_lens is not None:
+            bounds, offset = [first.cu_seq_lens[:1]], 0
+            for c in chunks:
+                if c.cu_seq_lens is None:
+                    raise MissingFieldError("cu_seq_lens is None in some of the chunks to cat and a tensor in others")
+                bounds.append(c.cu_seq_lens[1:] + offset)
+                offset += c.shifted_labels.shape[-1]
+            joined["cu_seq_lens"] = torch.cat(bounds)
+        return first.replaced(joined)
+
+    def flat(self, dtype: torch.dtype) -> Self:
+        """A copy with per-token tensors as ``[T]``, floats in ``dtype``, detached."""
+
+        def flatten(x: Tensor, _: PerToken) -> Tensor:
+            x = x.detach().reshape(-1)
+            return x.to(dtype) if x.dtype.is_floating_point else x
+
+        return self.map_tokens(flatten)

@@ -1,0 +1,221 @@
+"""Carries a context's loss through the head: one-pass, two-pass, forward-only, eager, or chunked autograd."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from xloss.errors import OptionError, UnsupportedError
+from xloss.head import eager, engine, gemm
+from xloss.head.dispatch import Mode, RunOptions, gather_inputs, head_call, plan_call, resolve_mode
+from xloss.head.functions import LinearLogprobs, OnePass, OnePassJob
+from xloss.head.linear_logprobs import spread_stats
+from xloss.head.options import HeadInputs, HeadOptions, LiveRows
+from xloss.head.plan import Plan, PlanKind
+from xloss.losses.chunked_autograd import run_chunked, split_result
+from xloss.losses.info import LossInfo
+from xloss.losses.model import BaseLossKwargs, PerToken
+from xloss.metrics import Metric, merge_metrics
+from xloss.stats import DIFFERENTIABLE, StatSpec, TokenStats
+
+if TYPE_CHECKING:
+    from xloss.losses.base import BaseLossContext
+
+    Ctx = BaseLossContext[Any]
+
+
+class _Run:
+    """One forward of a token loss: checked inputs, live rows, kwargs as vectors, and how to evaluate the loss on them."""
+
+    def __init__(
+        self, ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, kwargs: BaseLossKwargs, mode: Mode | None
+    ) -> None:
+        cfg = ctx.loss_cfg
+        self.ctx = ctx
+        self.options: HeadOptions = cfg.head_options(ctx.stats_needed() | StatSpec(entropy=cfg.return_entropy))
+        self.run_options: RunOptions = cfg.run_options()
+        self.mode = resolve_mode(mode or cfg.mode, weight.device.type)
+        temperature = cfg.temperature if kwargs.temperature is None else kwargs.temperature
+        if kwargs.temperature is not None and cfg.temperature != 1.0:
+            raise OptionError(
+                f"temperature is given per token and as temperature={cfg.temperature} in the config; give one"
+            )
+        self.inputs: HeadInputs = gather_inputs(
+            hidden, weight, bias, kwargs.shifted_labels, temperature, self.options, self.run_options, "shifted_labels"
+        )
+        # a chunk of the kwargs (loss_fn called by hand) has rows of its own
+        self.rows: LiveRows = ctx.live_rows() if kwargs is ctx.loss_kwargs else type(ctx)(cfg, kwargs).live_rows()
+        self.kwargs = kwargs.flat(gemm.accumulate_dtype(self.inputs.operand_dtype))
+        self.metrics: list[dict[str, Metric]] = []
+        self.kind, self.reasons = self._choose()
+
+    def _choose(self) -> tuple[PlanKind, tuple[str, ...]]:
+        asked, local = self.ctx.loss_cfg.plan, self.ctx.token_local
+        if asked == "one_pass" and not local:
+            raise UnsupportedError(
+                f"plan='one_pass' needs a loss of each token alone; {type(self.ctx).__name__} couples tokens "
+                "(token_local is False): use plan='two_pass' or 'auto'"
+            )
+        if self.mode == "eager":
+            return "eager", ("mode is eager",)
+        if not self.inputs.tracked:
+            return "forward-only", ("no gradient is wanted",)
+        if asked == "two_pass":
+            return "two-pass", ("plan='two_pass' was asked for",)
+        if local:
+            return "one-pass", ("the loss is a sum over tokens: gradients are formed in forward",)
+        return "two-pass", ("the loss couples tokens (token_local is False)",)
+
+    @property
+    def plan(self) -> Plan:
+        return plan_call(self.inputs, self.rows, self.kind, self.mode, self.run_options, self.reasons)
+
+    def live_kwargs(self) -> BaseLossKwargs:
+        """Kwargs of live rows, in live order, for token-local losses."""
+        live = self.kwargs.map_tokens(lambda x, _: self.rows.take(x, 0, self.rows.num_live))
+        return live.replaced({"cu_seq_lens": None})
+
+    def whole_kwargs(self) -> BaseLossKwargs:
+        """Kwargs of all rows, 0 where a row is left out: what stands there must not matter, be it NaN."""
+        index = self.rows.index
+        if index is None:
+            return self.kwargs
+        keep = torch.zeros(self.rows.total, dtype=torch.bool, device=index.device).index_fill(0, index, True)
+
+        def clean(x: Tensor, mark: PerToken) -> Tensor:
+            if not x.dtype.is_floating_point:
+                return x.masked_fill(~keep, self.ctx.loss_cfg.ignore_idx) if x is self.kwargs.shifted_labels else x
+            return x.masked_fill(~keep, mark.pad)
+
+        return self.kwargs.map_tokens(clean)
+
+    def evaluate(self, stats: TokenStats, kwargs: BaseLossKwargs) -> Tensor:
+        """``token_loss`` with its metrics put aside."""
+        out = self.ctx.token_loss(stats, kwargs)
+        loss, metrics = out if isinstance(out, tuple) else (out, {})
+        if not isinstance(loss, Tensor) or loss.ndim > 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise OptionError(f"token_loss must return a scalar or one loss per token; got {shape}")
+        if self.ctx.token_local and loss.shape != stats.lse.shape:
+            raise OptionError(
+                f"token_loss of {type(self.ctx).__name__} must return one loss per token, {tuple(stats.lse.shape)}, "
+                f"as token_local is True; got {tuple(loss.shape)}"
+            )
+        self.metrics.append(metrics)
+        return loss
+
+    def losses(self, live_stats: TokenStats) -> tuple[Tensor, Tensor | None]:
+        """The loss, and losses of live rows where it is a sum over tokens."""
+        if self.ctx.token_local:
+            losses = self.evaluate(live_stats, self.live_kwargs())
+            return losses.sum(), self.rows.spread(losses.detach())
+        loss = self.evaluate(spread_stats(live_stats, self.rows), self.whole_kwargs())
+        return (loss, None) if loss.ndim == 0 else (loss.sum(), loss.detach())
+
+    def info(self, loss: Tensor, live_stats: TokenStats, token_loss: Tensor | None, plan: Plan) -> LossInfo:
+        """Everything in the shape of the labels."""
+        stats = spread_stats(live_stats, self.rows).map(lambda x: x.reshape(self.inputs.lead))
+        return LossInfo(
+            loss=loss.detach(),
+            plan=plan,
+            logprobs=stats.logprobs,
+            lse=stats.lse,
+            entropy=stats.entropy,
+            token_loss=None if token_loss is None else token_loss.reshape(self.inputs.lead),
+            metrics=merge_metrics(self.metrics),
+        )
+
+
+def run_token_loss(
+    ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, kwargs: BaseLossKwargs, mode: Mode | None = None
+) -> tuple[Tensor, LossInfo]:
+    """Loss and info of a context whose loss is a ``token_loss``."""
+    run = _Run(ctx, hidden, weight, bias, kwargs, mode)
+    plan = run.plan
+    if plan.kind == "one-pass":
+        return _one_pass(run, plan)
+    logits = None
+    if plan.kind == "eager":
+        live, z = eager.live_stats(run.inputs, run.options, run.rows)
+        logits = eager.all_logits(run.inputs, run.options, run.rows, z)
+    else:
+        live = _chunked_stats(run, plan)
+    loss, token_loss = run.losses(live)
+    info = run.info(loss, live, token_loss, plan)
+    info.logits = None if logits is None else logits.reshape(*run.inputs.lead, -1)
+    return loss, info
+
+
+def _one_pass(run: _Run, plan: Plan) -> tuple[Tensor, LossInfo]:
+    live_kwargs = run.live_kwargs()
+
+    def loss_of(start: int, stop: int, stats: TokenStats) -> Tensor:
+        return run.evaluate(stats, live_kwargs.map_tokens(lambda x, _: x[start:stop]))
+
+    call = head_call(run.inputs, run.options, run.rows, plan, run.run_options)
+    empty = torch.empty(0, dtype=gemm.accumulate_dtype(run.inputs.operand_dtype), device=run.inputs.hidden.device)
+    job = OnePassJob(loss_of, run.rows.num_grad, empty)
+    loss = OnePass.apply(run.inputs.hidden, run.inputs.weight, run.inputs.bias, call, job)
+    assert job.stats is not None
+    return loss, run.info(loss, job.stats, run.rows.spread(job.token_losses()), plan)
+
+
+def _chunked_stats(run: _Run, plan: Plan) -> TokenStats:
+    call = head_call(run.inputs, run.options, run.rows, plan, run.run_options)
+    inputs = run.inputs
+    if plan.kind == "forward-only":
+        return engine.forward_stats(
+            engine.ChunkRunner(call, inputs.hidden, inputs.weight, inputs.bias), 0, run.rows.num_live
+        )
+    *values, top1 = LinearLogprobs.apply(inputs.hidden, inputs.weight, inputs.bias, call)
+    return TokenStats(**dict(zip(DIFFERENTIABLE, values, strict=True)), top1=top1)
+
+
+def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, LossInfo]:
+    """Loss and info of a context with a ``loss_fn`` of its own: whole in eager mode, else chunk by chunk."""
+    cfg = ctx.loss_cfg
+    if cfg.mode == "fused":
+        raise UnsupportedError(
+            "mode='fused' cannot run a custom loss_fn; use mode='chunk', or define token_loss to have the kernels"
+        )
+    if cfg.plan != "auto":
+        raise UnsupportedError(f"plan={cfg.plan!r} cannot run a custom loss_fn, which has no plan; leave plan='auto'")
+    plan = explain(ctx, hidden, weight, bias)
+    if plan.kind == "eager":
+        loss, logits, extra = split_result(ctx.loss_fn(hidden, weight, bias, ctx.loss_kwargs))
+        parts = [extra]
+    else:
+        loss, parts = run_chunked(ctx, hidden, weight, bias, plan)
+        logits = None
+    metrics = merge_metrics([{k: v for k, v in p.items() if isinstance(v, Metric)} for p in parts])
+    others: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            if not isinstance(value, Metric):
+                others.setdefault(name, []).append(value)
+    if plan.kind == "eager":
+        others = {name: values[0] for name, values in others.items()}
+    return loss, LossInfo(loss=loss.detach(), plan=plan, logits=logits, metrics=metrics, user_info=others)
+
+
+def explain(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Plan:
+    """The plan ``forward`` would follow."""
+    if not ctx.has_own_loss_fn:
+        return _Run(ctx, hidden, weight, bias, ctx.loss_kwargs, None).plan
+    cfg, kwargs = ctx.loss_cfg, ctx.loss_kwargs
+    inputs = gather_inputs(
+        hidden,
+        weight,
+        bias,
+        kwargs.shifted_labels,
+        1.0,
+        cfg.head_options(StatSpec()),
+        cfg.run_options(),
+        "shifted_labels",
+    )
+    eager_mode = cfg.mode == "eager"
+    kind: PlanKind = "eager" if eager_mode else "chunked-autograd"
+    reasons = ("a custom loss_fn is differentiated by autograd",)
+    return plan_call(inputs, LiveRows.all(inputs.hidden.shape[0]), kind, cfg.mode, cfg.run_options(), reasons)

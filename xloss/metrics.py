@@ -1,0 +1,107 @@
+"""Metrics that add up: each is a device-side value with a declared reducer, so any grouping gives one answer.
+
+Nothing here reads a value back to the host; ``result()`` is a 0-d tensor, and ``float(...)`` of it is the caller's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Reducer = Literal["sum", "mean", "max", "min"]
+_EMPTY = {"max": -torch.inf, "min": torch.inf}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of one part of a batch.
+
+    ``sum``: ``value`` adds. ``mean``: ``value`` is a sum and ``count`` what to divide it by in the end. ``max`` and
+    ``min``: ``value`` is an extreme, and ``+-inf`` where the part was empty. Both tensors are 0-d and on the loss's device.
+    """
+
+    value: Tensor
+    count: Tensor | None = None
+    reducer: Reducer = "sum"
+
+    @classmethod
+    def total(cls, x: Tensor) -> Metric:
+        """Sum of ``x`` over its tokens."""
+        return cls(x.detach().sum(), None, "sum")
+
+    @classmethod
+    def count_of(cls, x: Tensor) -> Metric:
+        """Number of tokens in ``x``."""
+        return cls(torch.full((), x.numel(), dtype=x.dtype, device=x.device), None, "sum")
+
+    @classmethod
+    def mean(cls, x: Tensor) -> Metric:
+        """Mean of ``x`` over all tokens of all parts."""
+        x = x.detach()
+        return cls(x.sum(), torch.full((), x.numel(), dtype=x.dtype, device=x.device), "mean")
+
+    @classmethod
+    def extreme(cls, x: Tensor, reducer: Literal["max", "min"]) -> Metric:
+        """Largest or smallest of ``x``, defined for an empty ``x`` too."""
+        x = x.detach().reshape(-1)
+        x = torch.cat([x, x.new_full((1,), _EMPTY[reducer])])
+        return cls(x.amax() if reducer == "max" else x.amin(), None, reducer)
+
+    def merge(self, other: Metric) -> Metric:
+        """This part and another as one."""
+        if self.reducer != other.reducer:
+            raise ValueError(f"cannot merge a {self.reducer!r} metric with a {other.reducer!r} one")
+        if self.reducer in _EMPTY:
+            pick = torch.maximum if self.reducer == "max" else torch.minimum
+            return Metric(pick(self.value, other.value), None, self.reducer)
+        count = None if self.count is None or other.count is None else self.count + other.count
+        return Metric(self.value + other.value, count, self.reducer)
+
+    def result(self) -> Tensor:
+        """The value, 0-d. Without any token: 0."""
+        if self.reducer == "mean":
+            assert self.count is not None
+            return self.value / self.count.clamp(min=1)
+        if self.reducer in _EMPTY:
+            return torch.where(torch.isinf(self.value), torch.zeros_like(self.value), self.value)
+        return self.value
+
+
+def merge_metrics(parts: Iterable[dict[str, Metric]]) -> dict[str, Metric]:
+    """Metrics of several parts (chunks, micro-batches) as those of the whole."""
+    merged: dict[str, Metric] = {}
+    for part in parts:
+        for name, metric in part.items():
+            merged[name] = merged[name].merge(metric) if name in merged else metric
+    return merged
+
+
+def finalize_metrics(parts: Iterable[dict[str, Metric]], group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """Results over all ``parts`` and, when ``torch.distributed`` is initialised, all ranks of ``group``.
+
+    One all-reduce per reducer kind; every rank must pass the same metric names.
+    """
+    merged = merge_metrics(parts)
+    if not dist.is_initialized() or not merged:
+        return {name: metric.result() for name, metric in merged.items()}
+    sums = [m.value for m in merged.values() if m.reducer not in _EMPTY]
+    sums += [m.count for m in merged.values() if m.count is not None]
+    reduced: dict[int, Tensor] = {}
+    for tensors, op in (
+        (sums, dist.ReduceOp.SUM),
+        ([m.value for m in merged.values() if m.reducer == "max"], dist.ReduceOp.MAX),
+        ([m.value for m in merged.values() if m.reducer == "min"], dist.ReduceOp.MIN),
+    ):
+        if tensors:
+            packed = torch.stack([t.to(torch.float64) for t in tensors])
+            dist.all_reduce(packed, op=op, group=group)
+            reduced.update({id(t): packed[i] for i, t in enumerate(tensors)})
+    return {
+        name: Metric(reduced[id(m.value)], None if m.count is None else reduced[id(m.count)], m.reducer).result()
+        for name, m in merged.items()
+    }

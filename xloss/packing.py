@@ -1,0 +1,47 @@
+"""Sequences packed into one row, described by ``cu_seq_lens``: ids, sums and broadcasts per sequence.
+
+``cu_seq_lens`` is ``[N + 1]``, integer, starts at 0, never falls and ends at the number of tokens of the pack.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xloss.errors import DtypeError, ShapeError
+
+
+def check_cu_seq_lens(cu_seq_lens: Tensor, num_tokens: int) -> None:
+    """Raise unless ``cu_seq_lens`` covers exactly ``num_tokens``. Reads values: call it where batches are built."""
+    if cu_seq_lens.ndim != 1 or cu_seq_lens.numel() < 1:
+        raise ShapeError(f"cu_seq_lens must be 1-d with at least one entry; got shape {tuple(cu_seq_lens.shape)}")
+    if cu_seq_lens.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(f"cu_seq_lens must be int32 or int64; got {cu_seq_lens.dtype}")
+    bounds = cu_seq_lens.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_tokens or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ShapeError(
+            f"cu_seq_lens must start at 0, never fall, and end at the {num_tokens} tokens of the pack; got {bounds}"
+        )
+
+
+def segment_ids(cu_seq_lens: Tensor, num_tokens: int) -> Tensor:
+    """Sequence number of each token, ``[num_tokens]`` int64. Sequences of length 0 have no token."""
+    positions = torch.arange(num_tokens, device=cu_seq_lens.device)
+    return torch.searchsorted(cu_seq_lens[1:].to(torch.int64).contiguous(), positions, right=True)
+
+
+def segment_sum(values: Tensor, cu_seq_lens: Tensor) -> Tensor:
+    """Sum of ``values [T]`` per sequence, ``[N]``; differentiable."""
+    ids = segment_ids(cu_seq_lens, values.shape[0])
+    return values.new_zeros(cu_seq_lens.numel() - 1).index_add(0, ids, values)
+
+
+def broadcast_segments(per_sequence: Tensor, cu_seq_lens: Tensor, num_tokens: int) -> Tensor:
+    """Value of its sequence for each token: ``[N]`` to ``[num_tokens]``; differentiable."""
+    return per_sequence[segment_ids(cu_seq_lens, num_tokens)]
+
+
+def rows_as_segments(shape: torch.Size, device: torch.device) -> Tensor:
+    """``cu_seq_lens`` of an unpacked batch: every row of ``[B, S]`` is a sequence; ``[T]`` is one."""
+    rows, length = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+    return torch.arange(rows + 1, device=device) * length
