@@ -1,4 +1,4 @@
-"""xloss: the loss engine of LLM post-training. Hidden states and an lm_head go in; loss and exact gradients come out."""
+"""xloss: the loss engine of LLM post-training. Hidden states and a head go in; loss and exact gradients come out."""
 
 from xloss.errors import XlossError
 from xloss.head.linear_logprobs import linear_logprobs
@@ -7,7 +7,7 @@ from xloss.losses.ce import CELossConfig, CELossContext, CELossContextInputItem,
 from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext, GRPOLossKwargs, RLLossContextInputItem
 from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
-from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken
+from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
 from xloss.stats import StatSpec, TokenStats
 
@@ -30,6 +30,7 @@ __all__ = [
     "LogProbKwargs",
     "LossInfo",
     "Metric",
+    "PerBatch",
     "PerToken",
     "RLLossContextInputItem",
     "StatSpec",

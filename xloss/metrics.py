@@ -1,6 +1,6 @@
 """Metrics that add up: each is a device-side value with a declared reducer, so any grouping gives one answer.
 
-Nothing here reads a value back to the host; ``result()`` is a 0-d tensor, and ``float(...)`` of it is the caller's choice.
+Nothing here reads a value back to the host; ``result()`` is a 0-d tensor, and ``float(...)`` of it the caller's choice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Metric:
     """One metric of one part of a batch.
 
     ``sum``: ``value`` adds. ``mean``: ``value`` is a sum and ``count`` what to divide it by in the end. ``max`` and
-    ``min``: ``value`` is an extreme, and ``+-inf`` where the part was empty. Both tensors are 0-d and on the loss's device.
+    ``min``: ``value`` is an extreme, and ``+-inf`` where the part was empty. Both tensors are 0-d and on the loss's
+    device.
     """
 
     value: Tensor

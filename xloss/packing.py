@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def check_cu_seq_lens(cu_seq_lens: Tensor, num_tokens: int) -> None:
     if cu_seq_lens.dtype not in (torch.int32, torch.int64):
         raise DtypeError(f"cu_seq_lens must be int32 or int64; got {cu_seq_lens.dtype}")
     bounds = cu_seq_lens.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_tokens or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != num_tokens or any(b < a for a, b in pairwise(bounds)):
         raise ShapeError(
             f"cu_seq_lens must start at 0, never fall, and end at the {num_tokens} tokens of the pack; got {bounds}"
         )

@@ -29,7 +29,8 @@ def check_head(hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | N
             raise DtypeError(f"{name} must be one of {', '.join(map(str, FLOATS))}; got {tensor.dtype}")
         if tensor.dtype != head_weight.dtype and not autocast:
             raise DtypeError(
-                f"{name} is {tensor.dtype} but head_weight is {head_weight.dtype}; give both one dtype or use torch.autocast"
+                f"{name} is {tensor.dtype} but head_weight is {head_weight.dtype}; "
+                "give both one dtype or use torch.autocast"
             )
         if tensor.device != head_weight.device:
             raise DeviceError(f"{name} is on {tensor.device} but head_weight is on {head_weight.device}")

@@ -99,8 +99,10 @@ def backward(state: RowState, adjoints: dict[str, Tensor], options: HeadOptions)
     if "lse" in others:
         p_coef = p_coef + others["lse"]
     if "sum_p2" in others:
+        assert state.stats.sum_p2 is not None
         p_coef = p_coef - 2 * others["sum_p2"] * state.stats.sum_p2
     if "entropy" in others:
+        assert state.stats.entropy is not None
         p_coef = p_coef + others["entropy"] * (state.stats.lse - state.stats.entropy)
     uniform = others["mean_logit"] / vocab if "mean_logit" in others else None
     inner = options.logit_scale / state.temperature  # d z / d raw, softcap apart

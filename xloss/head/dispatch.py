@@ -52,7 +52,7 @@ def has_triton() -> bool:
 
 
 def resolve_mode(mode: Mode, device_type: str) -> Literal["eager", "chunk", "fused"]:
-    """``auto`` is ``fused`` on CUDA where the kernels can run, else ``chunk``. Raises for ``fused`` where they cannot."""
+    """``auto`` is ``fused`` on CUDA where the kernels can run, else ``chunk``; ``fused`` raises where they cannot."""
     missing = fused_missing()
     if mode == "auto":
         return "fused" if device_type == "cuda" and missing is None else "chunk"

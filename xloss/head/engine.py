@@ -169,7 +169,7 @@ def one_pass(
     """Statistics of all live rows, with gradients formed chunk by chunk for those that can have one.
 
     ``adjoints_of(start, stop, stats)`` is the loss: it sees the statistics of live rows ``start:stop`` and returns one
-    adjoint per statistic it used. Rows past ``num_grad`` are shown to it as well, and what it returns for them is dropped.
+    adjoint per statistic it used. It is shown rows past ``num_grad`` as well; what it returns for them is dropped.
     """
     call, parts = runner.call, []
     for a, b in call.plan.chunks(0, call.rows.num_grad):
@@ -205,7 +205,7 @@ def two_pass_forward(runner: ChunkRunner) -> tuple[TokenStats, TokenStats, list[
 def two_pass_backward(
     runner: ChunkRunner, sink: GradSink, kept: list[Chunk], stats: TokenStats, adjoints: Adjoints
 ) -> None:
-    """Pass 2: gradients from adjoints of the first ``num_grad`` live rows; kept logits first, then logits made again."""
+    """Pass 2: gradients from adjoints of the first ``num_grad`` live rows; kept logits first, then recomputed ones."""
     call = runner.call
     for chunk, alive in _alive_rows(kept, adjoints):
         state, hidden, places = chunk.state, chunk.hidden, row_places(call.rows, chunk.start, chunk.stop)

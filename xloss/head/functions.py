@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from xloss.errors import GraphError
 from xloss.head import engine
 from xloss.head.engine import Adjoints, ChunkRunner, GradSink, HeadCall
+from xloss.head.first_order import first_order
 from xloss.stats import DIFFERENTIABLE, TokenStats
 
 Loss = Callable[[int, int, TokenStats], Adjoints]
@@ -35,7 +35,7 @@ class OnePass(torch.autograd.Function):
         return job.total()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise GraphError(
@@ -104,7 +104,7 @@ class LinearLogprobs(torch.autograd.Function):
         return (*(getattr(masked, name) for name in DIFFERENTIABLE), masked.top1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: HeadCall = ctx.call
         hidden, weight, bias = ctx.saved_tensors

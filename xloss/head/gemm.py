@@ -28,7 +28,7 @@ def _tensor_cores(x: Tensor) -> bool:
 
 
 def _wide_blocks(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """``(start, stop, weight[start:stop])`` in accumulator precision; one block, not copied, where it is already wide."""
+    """``(start, stop, weight[start:stop])`` in accumulator precision; one block, uncopied, where it is already wide."""
     if weight.dtype not in LOW_PRECISION:
         yield 0, weight.shape[0], weight
         return
@@ -65,7 +65,7 @@ def grad_hidden(dlogits: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_grad_weight(acc: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
-    """``acc [V, H] (+)= dlogits [C, V]^T @ hidden [C, H]``; the first chunk is written, so ``acc`` may be uninitialised."""
+    """``acc [V, H] (+)= dlogits [C, V]^T @ hidden [C, H]``. ``first`` overwrites: ``acc`` may be uninitialised."""
     if _tensor_cores(hidden):
         operand, scale = _narrow(dlogits, hidden.dtype)
         if hidden.dtype == torch.float16:

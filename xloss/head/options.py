@@ -78,7 +78,7 @@ def rows_of(temperature: float | Tensor, rows: LiveRows, start: int, stop: int) 
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """Checked, flattened inputs: ``hidden [T, H]``, labels ``[T]`` or ``[T, K]``; ``lead`` is the shape to give back."""
+    """Checked, flattened inputs: ``hidden [T, H]``, labels ``[T]`` or ``[T, K]``; ``lead`` is the shape to return."""
 
     hidden: Tensor
     weight: Tensor

@@ -13,7 +13,7 @@ from xloss.errors import UnsupportedError
 PlanKind = Literal["one-pass", "two-pass", "forward-only", "eager", "chunked-autograd"]
 MIB = 1 << 20
 # Bytes of logits held at once, work chunk and saved chunks together. On a CPU 64 MiB is where larger chunks stop paying
-# (measured at H=512 V=32000: 256-row chunks cost 4 % over one chunk); on CUDA a chunk below 4096 rows pays for reading W.
+# (measured at H=512 V=32000: 256-row chunks cost 4 % over one chunk); on CUDA less than 4096 rows pay for reading W.
 DEFAULT_BUDGET = {"cpu": 64 * MIB, "cuda": 2048 * MIB}
 _ALIGN_ROWS = {"cpu": 16, "cuda": 128}
 _MAX_ROWS = 8192

@@ -29,7 +29,7 @@ class BaseLossConfig(StrictModel):
 
     Args:
         ignore_idx: label of tokens to leave out.
-        mode: ``eager`` (holds logits, plain autograd, returns them), ``chunk`` (any device), ``fused`` (Triton), ``auto``.
+        mode: ``eager`` (holds and returns logits, by autograd), ``chunk`` (any device), ``fused`` (Triton), ``auto``.
         chunk_size: tokens per chunk; ``None`` sizes chunks in bytes.
         plan: ``auto``, or ``two_pass`` to have differentiable ``info.logprobs``, or ``one_pass``.
         logits_budget: bytes of logits held at once; default 64 MiB on CPU, 2 GiB on CUDA.
@@ -37,7 +37,7 @@ class BaseLossConfig(StrictModel):
         softcap: ``c`` in ``c tanh(x / c)``, or ``None``.
         logit_scale: factor on the logits, before the cap.
         return_entropy: put each token's entropy into ``info``.
-        skip_zero_grad_rows: also leave out the statistics (log-probs, metrics) of tokens whose gradient is known to be 0.
+        skip_zero_grad_rows: leave tokens whose gradient is known to be 0 out of the statistics and metrics too.
         allow_retain_graph: allow several backwards through a one-pass loss, at the price of a copy of the gradients.
         check_labels: read label values to check them; default on CPU only, as CUDA would wait.
         grad_reduce: what the training engine does to gradients of several ranks: ``mean`` (DDP, FSDP) or ``sum``.
@@ -75,7 +75,7 @@ class BaseLossConfig(StrictModel):
     ) -> BaseLossContext[Any] | None:
         """A context for one micro-batch straight from a dict, to be calibrated by ``build_batches``.
 
-        Keys are the kwargs' field names; others are not ours and are passed over. ``None`` when a required one is missing.
+        Keys are the kwargs' field names; others are not ours and passed over. ``None`` when a required one is missing.
         With ``sp_mesh`` the full sequences given are split, each rank keeping its part.
         """
         kwargs_cls = self.loss_kwargs_cls
@@ -112,7 +112,7 @@ class BaseLossContext(Generic[InputItem]):
     loss_cfg: BaseLossConfig
     loss_kwargs: BaseLossKwargs
     token_local: ClassVar[bool] = False
-    """Promise that ``token_loss`` returns ``[T]`` losses each of which depends on its own token alone (one-pass plan)."""
+    """Promise: ``token_loss`` returns ``[T]`` losses, each of which depends on its own token alone (one-pass plan)."""
 
     def __init__(self, loss_cfg: BaseLossConfig, loss_kwargs: BaseLossKwargs) -> None:
         if not isinstance(loss_cfg, BaseLossConfig):
@@ -178,7 +178,7 @@ class BaseLossContext(Generic[InputItem]):
 
     @classmethod
     def cat(cls, chunks: Sequence[Self]) -> Self:
-        """Contexts of one config as one, their tokens joined. Weights stay as calibrated, so losses and gradients add."""
+        """Contexts of one config as one, tokens joined. Weights stay as calibrated, so losses and gradients add."""
         if not chunks:
             raise OptionError("chunks must not be empty")
         if any(c.loss_cfg != chunks[0].loss_cfg for c in chunks):

@@ -1,8 +1,9 @@
 """Global calibration: weights that already hold the denominator of the whole global batch.
 
 The loss and its gradient must not depend on how one global batch is cut into micro-batches, packs and ranks. So the
-weight of each token is divided, once per optimizer step, by a sum over all micro-batches of all ranks that hold distinct
-tokens; after that, losses of any cut add up to the same number. ``docs/calibration.md`` works an example with two ranks.
+weight of each token is divided, once per optimizer step, by a sum over all micro-batches of all ranks that hold
+distinct tokens; after that, losses of any cut add up to the same number. ``docs/calibration.md`` works an example with
+two ranks.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def sequence_weights(
     if cu_seq_lens is None:
         if whole.ndim == 1 or whole.shape[0] == 1:
             raise MissingFieldError(
-                f"loss_reduction={reduction!r} needs cu_seq_lens_list for a packed batch of shape {tuple(whole.shape)}: "
+                f"loss_reduction={reduction!r} needs cu_seq_lens_list for a pack of shape {tuple(whole.shape)}: "
                 f"the bounds of its sequences, [0, {flat.numel()}] if it is one"
             )
         bounds = rows_as_segments(whole.shape, flat.device)

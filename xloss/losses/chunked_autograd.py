@@ -1,4 +1,4 @@
-"""A custom ``loss_fn`` run chunk by chunk: each chunk is differentiated at once, so one chunk's logits live at a time."""
+"""A custom ``loss_fn`` run chunk by chunk: each chunk is differentiated at once, so only its logits live."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from xloss.errors import GraphError, OptionError
+from xloss.head.first_order import first_order
 from xloss.head.gemm import accumulate_dtype
 from xloss.head.plan import Plan
 
@@ -39,8 +39,10 @@ def run_chunked(
 
 def split_result(result: Any) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """What a ``loss_fn`` may return, as ``(loss, logits, extra_info)``."""
-    loss, rest = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    logits, extra = rest if isinstance(rest, tuple) and len(rest) == 2 else (rest, {})
+    pair: tuple[Any, Any] = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    loss, rest = pair
+    more: tuple[Any, Any] = rest if isinstance(rest, tuple) and len(rest) == 2 else (rest, {})
+    logits, extra = more
     if not isinstance(loss, Tensor) or loss.ndim != 0:
         raise OptionError("loss_fn must return a scalar loss, (loss, logits) or (loss, (logits, extra_info))")
     return loss, logits, dict(extra or {})
@@ -95,12 +97,12 @@ class _ChunkedAutograd(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(fctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if fctx.spent:
             raise GraphError("backward ran a second time through a chunked loss_fn; set allow_retain_graph=True")
         fctx.spent = not fctx.keep
-        out = []
+        out: list[Tensor | None] = []
         for grad, dtype in zip(fctx.saved_tensors, fctx.dtypes, strict=True):
             if grad is None or dtype is None:
                 out.append(None)

@@ -12,12 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossConfig, BaseLossContext, TokenLoss, require
-from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken
+from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.policy_cfg import AnyPolicyLossConfig
 from xloss.metrics import Metric
 from xloss.policy.kl import KLType, kl_penalty
 from xloss.stats import StatSpec, TokenStats
 
+_METRIC_LIMIT = 20.0  # of |log r| in metrics, as XTuner and verl
 _CALL_BUILD = "call build_batches on the contexts of this optimizer step first"
 
 
@@ -88,10 +89,10 @@ class GRPOLossKwargs(BaseLossKwargs):
     ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
-    policy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    kl_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    entropy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    global_grad_tokens: Tensor | None = None
+    policy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
+    kl_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
+    entropy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
+    global_grad_tokens: Annotated[Tensor | None, PerBatch()] = None
 
 
 class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
@@ -166,19 +167,21 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
 
 
 _NEED_REF = (
-    "use_kl_loss=True needs the reference model's log-probs: run LogProbContext (or linear_logprobs) on its hidden states "
-    "and head under torch.no_grad() and set ref_logprobs, or set use_kl_loss=False"
+    "use_kl_loss=True needs the reference model's log-probs: run LogProbContext (or linear_logprobs) on its hidden "
+    "states and head under torch.no_grad() and set ref_logprobs, or set use_kl_loss=False"
 )
 
 
 def _policy_metrics(log_ratio: Tensor, advantages: Tensor, bounds: tuple[float, float] | None) -> dict[str, Metric]:
     """Figures of ``r = exp(log_ratio)`` over live tokens.
 
-    ``clip_frac_low`` and ``clip_frac_high`` count tokens whose gradient the clip can stop: ``A < 0`` and ``r`` below, or
-    ``A > 0`` and ``r`` above (TRL). ``ratio_low_frac`` and ``ratio_high_frac`` count every ratio out of bounds (XTuner).
+    ``clip_frac_low`` and ``clip_frac_high`` count tokens whose gradient the clip can stop: ``A < 0`` and ``r`` below,
+    or ``A > 0`` and ``r`` above (TRL). ``ratio_low_frac`` and ``ratio_high_frac`` count every ratio out of bounds
+    (XTuner).
     ``approx_kl_k1 = -log r`` and ``approx_kl_k3 = r - log r - 1`` estimate KL(old || current).
     """
-    ratio = torch.exp(log_ratio)
+    safe = torch.clamp(log_ratio, -_METRIC_LIMIT, _METRIC_LIMIT)  # one far token must not make a mean infinite
+    ratio = torch.exp(safe)
     metrics = {
         "num_tokens": Metric.count_of(ratio),
         "ratio_mean": Metric.mean(ratio),
@@ -186,7 +189,7 @@ def _policy_metrics(log_ratio: Tensor, advantages: Tensor, bounds: tuple[float, 
         "ratio_max": Metric.extreme(ratio, "max"),
         "ratio_abs_dev": Metric.mean((ratio - 1).abs()),
         "approx_kl_k1": Metric.mean(-log_ratio),
-        "approx_kl_k3": Metric.mean(torch.expm1(log_ratio) - log_ratio),
+        "approx_kl_k3": Metric.mean(torch.expm1(safe) - safe),
     }
     if bounds is not None:
         below, above = ratio < bounds[0], ratio > bounds[1]

@@ -36,22 +36,27 @@ class StrictModel(BaseModel):
 class PerToken:
     """Marks a tensor field with one value per token, shaped like ``shifted_labels``.
 
-    ``pad`` fills positions added when a sequence is split over ranks. ``weight=True``: the loss of a token is multiplied
-    by this, so tokens for which every such field is 0 are left out of the head altogether.
+    ``pad`` fills positions added when a sequence is split over ranks; a float one asks for a floating dtype. ``weight=True``: the loss of a token is
+    multiplied by this, so tokens for which every such field is 0 are left out of the head altogether.
     """
 
     pad: float = 0.0
     weight: bool = False
 
 
-class TokenBatch(StrictModel):
-    """Tensors of one micro-batch. ``to``, ``chunk``, ``cat`` and ``sp_split`` follow from the fields' ``PerToken`` marks.
+@dataclass(frozen=True)
+class PerBatch:
+    """Marks a tensor field that is not per token, whatever its shape."""
 
-    A tensor field without a mark that has the shape of ``shifted_labels`` counts as ``PerToken(pad=0)``; anything else
+
+class TokenBatch(StrictModel):
+    """Tensors of one micro-batch. ``to``, ``chunk``, ``cat``, ``sp_split`` follow from the fields' ``PerToken`` marks.
+
+    A tensor field without a ``PerToken`` or ``PerBatch`` mark that has the shape of ``shifted_labels`` counts as ``PerToken(pad=0)``; anything else
     (``cu_seq_lens``, scalars) is not per token.
 
     Args:
-        shifted_labels: ``[T]``, ``[1, T]`` packed or ``[B, S]`` padded, int; position t holds the token predicted there.
+        shifted_labels: ``[T]``, ``[1, T]`` packed or ``[B, S]`` padded, int; at t stands the token predicted there.
         temperature: positive, one per token, or ``None``.
     """
 
@@ -65,10 +70,10 @@ class TokenBatch(StrictModel):
             value = getattr(self, name)
             if not isinstance(value, Tensor):
                 continue
-            mark = next((m for m in info.metadata if isinstance(m, PerToken)), None)
+            mark = next((m for m in info.metadata if isinstance(m, PerToken | PerBatch)), None)
             if mark is None and value.shape == self.shifted_labels.shape and value.ndim > 0:
-                mark = PerToken()
-            if mark is not None:
+                mark = PerToken(pad=0)
+            if isinstance(mark, PerToken):
                 found[name] = (value, mark)
         return found
 
@@ -77,8 +82,8 @@ class TokenBatch(StrictModel):
         labels = self.shifted_labels
         if labels.ndim not in (1, 2):
             raise ShapeError(f"shifted_labels must be [T], [1, T] or [B, S]; got {tuple(labels.shape)}")
-        for name, (value, _) in self.per_token().items():
-            shapes.check_per_token(name, value, labels, floating=name != "shifted_labels")
+        for name, (value, mark) in self.per_token().items():
+            shapes.check_per_token(name, value, labels, floating=isinstance(mark.pad, float))
 
     def replaced(self, values: dict[str, Any]) -> Self:
         """A copy with some fields replaced, unchecked."""
@@ -116,7 +121,7 @@ class BaseLossKwargs(TokenBatch):
         cu_seq_lens: ``[N + 1]`` bounds of the sequences packed in ``shifted_labels``, or ``None``.
     """
 
-    cu_seq_lens: Tensor | None = None
+    cu_seq_lens: Annotated[Tensor | None, PerBatch()] = None
     _rows: tuple[list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
 
     def remember_rows(self, rows: LiveRows) -> None:
@@ -131,9 +136,7 @@ class BaseLossKwargs(TokenBatch):
             return None
         now = [value for value, _ in self.per_token().values()]
         then, rows = self._rows
-        same = len(now) == len(then) and all(
-            a is b and a._version == v for a, (b, v) in zip(now, then, strict=True)
-        )
+        same = len(now) == len(then) and all(a is b and a._version == v for a, (b, v) in zip(now, then, strict=True))
         return rows if same else None
 
     def to(self, device: torch.device | str) -> Self:
@@ -154,13 +157,14 @@ class BaseLossKwargs(TokenBatch):
         if self.cu_seq_lens is not None:
             if labels.ndim == 2 and labels.shape[0] != 1:
                 raise ShapeError(
-                    f"cu_seq_lens describes one packed row: shifted_labels must be [T] or [1, T]; got {tuple(labels.shape)}"
+                    "cu_seq_lens describes one packed row: shifted_labels must be [T] or [1, T]; "
+                    f"got {tuple(labels.shape)}"
                 )
             if not self.cu_seq_lens.is_cuda:
                 check_cu_seq_lens(self.cu_seq_lens, labels.numel())
 
     def chunk(self, chunk_size: int) -> list[Self]:
-        """Pieces of at most ``chunk_size`` tokens along the last token axis; bounds in ``cu_seq_lens`` are clipped to each."""
+        """Pieces of at most ``chunk_size`` tokens along the last token axis; ``cu_seq_lens`` is clipped to each."""
         if chunk_size <= 0:
             raise OptionError(f"chunk_size must be positive; got {chunk_size}")
         length = self.shifted_labels.shape[-1]

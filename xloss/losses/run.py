@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _Run:
-    """One forward of a token loss: checked inputs, live rows, kwargs as vectors, and how to evaluate the loss on them."""
+    """One forward of a token loss: checked inputs, live rows, kwargs as vectors, and the loss evaluated on them."""
 
     def __init__(
         self, ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, kwargs: BaseLossKwargs, mode: Mode | None
@@ -144,7 +144,7 @@ def run_token_loss(
         live = _chunked_stats(run, plan)
     loss, token_loss = run.losses(live)
     info = run.info(loss, live, token_loss, plan)
-    info.logits = None if logits is None else logits.reshape(*run.inputs.lead, -1)
+    info.logits = None if logits is None else logits.reshape(*run.inputs.lead, logits.shape[1])
     return loss, info
 
 
@@ -159,6 +159,8 @@ def _one_pass(run: _Run, plan: Plan) -> tuple[Tensor, LossInfo]:
     job = OnePassJob(loss_of, run.rows.num_grad, empty)
     loss = OnePass.apply(run.inputs.hidden, run.inputs.weight, run.inputs.bias, call, job)
     assert job.stats is not None
+    if not job.losses:  # nothing is live: the metrics still have their names, on every rank
+        job.losses.append(run.evaluate(job.stats, live_kwargs))
     return loss, run.info(loss, job.stats, run.rows.spread(job.token_losses()), plan)
 
 

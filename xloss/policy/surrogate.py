@@ -1,6 +1,7 @@
 """Policy-gradient surrogates, one function a loss. All return per-token losses ``[T]`` to minimise.
 
-``logprobs`` carries the gradient; ``old_logprobs`` and ``advantages`` are constants. ``r = exp(logprobs - old_logprobs)``.
+``logprobs`` carries the gradient; ``old_logprobs`` and ``advantages`` are constants.
+``r = exp(logprobs - old_logprobs)``.
 Formulas and their gradients with respect to ``logprobs`` are in ``docs/losses/``.
 """
 
