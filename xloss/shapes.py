@@ -63,8 +63,12 @@ def check_labels(labels: Tensor, hidden_states: Tensor, name: str = "labels") ->
 
 
 def check_label_range(labels: Tensor, vocab_size: int, ignore_index: int, name: str = "labels") -> None:
-    """Every label is ``ignore_index`` or in ``[0, V)``. Reads values back, so on CUDA it is an option."""
-    wrong = labels[((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)]
+    """Every label is ``ignore_index`` or in ``[0, V)``. On CUDA the device checks, without a wait: a later call fails."""
+    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+    if labels.is_cuda:
+        torch._assert_async(~bad.any(), f"{name} holds a label outside [0, {vocab_size}) that is not {ignore_index}")
+        return
+    wrong = labels[bad]
     if wrong.numel():
         raise LabelError(
             f"{name} holds {int(wrong[0])}, and {wrong.numel()} such in all; accepted: 0 to {vocab_size - 1}, "
@@ -99,7 +103,9 @@ def check_temperature(temperature: float | Tensor, lead: torch.Size, device: tor
         raise DeviceError(f"temperature is on {temperature.device} but hidden_states is on {device}")
     if temperature.requires_grad:
         raise OptionError("temperature requires grad; it is a constant here: pass temperature.detach()")
-    if values and temperature.numel() and not bool((temperature > 0).all()):
+    if values and temperature.is_cuda:
+        torch._assert_async((temperature > 0).all(), "temperature must be positive")
+    elif values and temperature.numel() and not bool((temperature > 0).all()):
         raise OptionError(f"temperature must be positive; got a minimum of {float(temperature.min())}")
 
 

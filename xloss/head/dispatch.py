@@ -29,7 +29,7 @@ class RunOptions:
     chunk_size: int | None = None
     logits_budget: int | None = None
     allow_retain_graph: bool = False
-    check_labels: bool | None = None
+    check_labels: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -71,18 +71,16 @@ def gather_inputs(
     run: RunOptions,
     label_name: str = "labels",
 ) -> HeadInputs:
-    """Check everything and flatten the token axes. Values of labels and temperatures are read on CPU, and on CUDA
-    (where it waits for the device) only with ``check_labels=True``."""
+    """Check everything and flatten the token axes."""
     shapes.check_positive("softcap", options.softcap)
     shapes.check_positive("logit_scale", options.logit_scale)
     device_type = head_weight.device.type if isinstance(head_weight, Tensor) else "cpu"
     autocast = torch.is_autocast_enabled(device_type)
     shapes.check_head(hidden_states, head_weight, head_bias, autocast)
     shapes.check_labels(labels, hidden_states, label_name)
-    read_values = run.check_labels if run.check_labels is not None else not labels.is_cuda
     lead = hidden_states.shape[:-1]
-    shapes.check_temperature(temperature, lead, hidden_states.device, values=read_values)
-    if read_values:
+    shapes.check_temperature(temperature, lead, hidden_states.device, values=run.check_labels)
+    if run.check_labels:
         shapes.check_label_range(labels, head_weight.shape[0], options.ignore_index, label_name)
     operand = hidden_states.dtype
     if autocast and operand != torch.float64:

@@ -37,7 +37,7 @@ def linear_logprobs(
     mode: Mode = "auto",
     chunk_size: int | None = None,
     logits_budget: int | None = None,
-    check_labels: bool | None = None,
+    check_labels: bool = True,
 ) -> TokenStats:
     """Log-probabilities of ``labels`` and other statistics of ``z``, without ever holding ``[T, V]`` logits.
 
@@ -56,7 +56,7 @@ def linear_logprobs(
         mode: ``eager`` (holds the logits), ``chunk`` (any device), ``fused`` (Triton), ``auto``.
         chunk_size: tokens per chunk; default by bytes.
         logits_budget: bytes of logits held at once; default 64 MiB on CPU and 2 GiB on CUDA.
-        check_labels: read label and temperature values to check them; default on CPU only, as CUDA would wait.
+        check_labels: check the values of labels and temperatures; on CUDA the device does, and a later call fails.
 
     Returns:
         ``TokenStats`` in the shape of the labels, float32 (float64 for float64). Every float statistic is

@@ -63,11 +63,19 @@ class Plan:
         lines = [
             f"plan {self.kind}, mode {self.mode}: {self.num_rows} tokens, {self.num_live} live,"
             f" {self.num_grad} with a gradient",
-            f"  head   H={self.hidden_size} V={self.vocab_size}, {self.flops / 1e12:.3f} TFLOP",
+            f"  head   H={self.hidden_size} V={self.vocab_size}, {self.flops / 1e9:.3g} GFLOP",
             f"  chunks {self.num_chunks} of up to {self.chunk_rows} tokens, {self.saved_chunks} kept for backward",
-            f"  memory {self.logits_bytes / MIB:.1f} MiB of logits, {self.grad_bytes / MIB:.1f} MiB of gradients",
+            f"  memory {_bytes(self.logits_bytes)} of logits, {_bytes(self.grad_bytes)} of gradients",
         ]
         return "\n".join(lines + [f"  why    {reason}" for reason in self.reasons])
+
+
+def _bytes(count: int) -> str:
+    """A byte count for people: ``62.5 MiB``."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", MIB), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,8 @@ def make_plan(request: PlanRequest) -> Plan:
     if r.kind == "two-pass":
         fit = _budget(r) // max(1, min(rows, max(r.num_grad, 1)) * row_bytes)
         saved = grad_chunks if grad_chunks <= fit else max(0, fit - 1)
-        why += (f"{saved} of {grad_chunks} chunks of logits are kept, the others are computed again in backward",)
+        again = grad_chunks - saved
+        why += (f"{saved} chunks of logits are kept for backward, {again} are computed again there",)
     live_chunk = min(rows, max(r.num_grad, r.num_live - r.num_grad))
     held = saved if saved and saved == grad_chunks else saved + 1
     grads = r.logit_bytes * r.hidden_size * (r.vocab_size * r.weight_grad + r.num_rows * r.hidden_grad)
@@ -132,7 +141,7 @@ def _chunk_rows(r: PlanRequest, row_bytes: int) -> tuple[int, tuple[str, ...]]:
         return min(r.chunk_size, most), (f"chunk_size={r.chunk_size} was asked for",)
     budget = _budget(r)
     if most * row_bytes <= budget:
-        return most, (f"one chunk: {most * row_bytes / MIB:.1f} MiB of logits fit {budget / MIB:.0f} MiB",)
+        return most, (f"one chunk: {_bytes(most * row_bytes)} of logits fit the budget of {_bytes(budget)}",)
     align = _ALIGN_ROWS.get(r.device_type, 128)
     fit = budget // row_bytes
     if fit < 1:
@@ -143,4 +152,4 @@ def _chunk_rows(r: PlanRequest, row_bytes: int) -> tuple[int, tuple[str, ...]]:
     rows = min(fit - fit % align or fit, _MAX_ROWS)
     chunks = -(-most // rows)
     rows = min(rows, -(-most // chunks // align) * align if most > align else most)
-    return max(1, rows), (f"{chunks} equal chunks: {budget / MIB:.0f} MiB hold {fit} tokens' logits",)
+    return max(1, rows), (f"{chunks} equal chunks: the budget of {_bytes(budget)} holds the logits of {fit} tokens",)

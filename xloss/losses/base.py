@@ -39,7 +39,7 @@ class BaseLossConfig(StrictModel):
         return_entropy: put each token's entropy into ``info``.
         skip_zero_grad_rows: leave tokens whose gradient is known to be 0 out of the statistics and metrics too.
         allow_retain_graph: allow several backwards through a one-pass loss, at the price of a copy of the gradients.
-        check_labels: read label values to check them; default on CPU only, as CUDA would wait.
+        check_labels: check that labels are in the vocabulary; on CUDA the device does, and a later call fails.
         grad_reduce: what the training engine does to gradients of several ranks: ``mean`` (DDP, FSDP) or ``sum``.
     """
 
@@ -56,7 +56,7 @@ class BaseLossConfig(StrictModel):
     return_entropy: bool = False
     skip_zero_grad_rows: bool = False
     allow_retain_graph: bool = False
-    check_labels: bool | None = None
+    check_labels: bool = True
     grad_reduce: Literal["mean", "sum"] = "mean"
 
     @property
@@ -121,6 +121,7 @@ class BaseLossContext(Generic[InputItem]):
             raise OptionError(f"loss_kwargs must be a BaseLossKwargs; got {type(loss_kwargs).__name__}")
         self.loss_cfg = loss_cfg
         self.loss_kwargs = loss_kwargs
+        self.last_plan: Plan | None = None
 
     # -- building batches ------------------------------------------------------------------------------------------
 
@@ -240,13 +241,28 @@ class BaseLossContext(Generic[InputItem]):
         self.loss_kwargs.check()
         self.check_ready()
         if self.has_own_loss_fn:
-            return run.run_loss_fn(self, hidden_states, head_weight, head_bias)
-        return run.run_token_loss(self, hidden_states, head_weight, head_bias, self.loss_kwargs)
+            loss, info = run.run_loss_fn(self, hidden_states, head_weight, head_bias)
+        else:
+            loss, info = run.run_token_loss(self, hidden_states, head_weight, head_bias, self.loss_kwargs)
+        self.last_plan = info.plan
+        return loss, info
 
     __call__ = forward
 
-    def explain(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None) -> Plan:
-        """What ``forward`` would do with these inputs, and why; ``print`` it. Does none of the work."""
+    def explain(
+        self,
+        hidden_states: Tensor | None = None,
+        head_weight: Tensor | None = None,
+        head_bias: Tensor | None = None,
+    ) -> Plan:
+        """What ``forward`` would do with these inputs, and why; ``print`` it. Does none of the work.
+
+        Without inputs: what the last ``forward`` of this context did.
+        """
+        if hidden_states is None or head_weight is None:
+            if self.last_plan is None:
+                raise MissingFieldError("explain() needs hidden_states and head_weight before the first forward")
+            return self.last_plan
         return run.explain(self, hidden_states, head_weight, head_bias)
 
     # -- live rows -------------------------------------------------------------------------------------------------
