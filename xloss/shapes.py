@@ -63,7 +63,7 @@ def check_labels(labels: Tensor, hidden_states: Tensor, name: str = "labels") ->
 
 
 def check_label_range(labels: Tensor, vocab_size: int, ignore_index: int, name: str = "labels") -> None:
-    """Every label is ``ignore_index`` or in ``[0, V)``. On CUDA the device checks, without a wait: a later call fails."""
+    """Every label is ``ignore_index`` or in ``[0, V)``. On CUDA the device checks: a later call fails."""
     bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
     if labels.is_cuda:
         torch._assert_async(~bad.any(), f"{name} holds a label outside [0, {vocab_size}) that is not {ignore_index}")

@@ -75,7 +75,7 @@ def gather_inputs(
     shapes.check_positive("softcap", options.softcap)
     shapes.check_positive("logit_scale", options.logit_scale)
     device_type = head_weight.device.type if isinstance(head_weight, Tensor) else "cpu"
-    autocast = torch.is_autocast_enabled(device_type)
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     shapes.check_head(hidden_states, head_weight, head_bias, autocast)
     shapes.check_labels(labels, hidden_states, label_name)
     lead = hidden_states.shape[:-1]

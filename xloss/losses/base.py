@@ -275,12 +275,12 @@ class BaseLossContext(Generic[InputItem]):
             if self.loss_cfg.skip_zero_grad_rows:
                 live, zero = live & ~zero, None
         rows = LiveRows.find(live, zero)
-        self.loss_kwargs.remember_rows(rows)
+        self.loss_kwargs.remember_rows(rows, self.loss_cfg)
         return rows
 
     def live_rows(self) -> LiveRows:
         """Live tokens: those remembered if no tensor changed since; else counted, or on CUDA taken to be all."""
-        known = self.loss_kwargs.known_rows()
+        known = self.loss_kwargs.known_rows(self.loss_cfg)
         if known is not None:
             return known
         if self.loss_kwargs.shifted_labels.is_cuda:

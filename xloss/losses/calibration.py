@@ -24,17 +24,17 @@ def attach_cu_seq_lens(
     kwargs_list: Sequence[BaseLossKwargs], cu_seq_lens_list: Sequence[Tensor] | None, sp_mesh: DeviceMesh | None
 ) -> None:
     """Check the kwargs, and put each micro-batch's sequence bounds into its kwargs."""
-    if cu_seq_lens_list is not None:
-        if len(cu_seq_lens_list) != len(kwargs_list):
-            raise ShapeError(
-                f"cu_seq_lens_list has {len(cu_seq_lens_list)} entries for {len(kwargs_list)} micro-batches"
-            )
-        split = sp_mesh is not None and sp_mesh.size() > 1
-        for kwargs, bounds in zip(kwargs_list, cu_seq_lens_list, strict=True):
-            if not split:  # a rank's part of a pack is checked against the whole pack, in sequence_weights
-                kwargs.cu_seq_lens = bounds.to(kwargs.shifted_labels.device)
-    for kwargs in kwargs_list:
-        kwargs.check()
+    if cu_seq_lens_list is None or (sp_mesh is not None and sp_mesh.size() > 1):
+        for kwargs in kwargs_list:  # a rank's part of a pack is checked against the whole pack, in sequence_weights
+            kwargs.check()
+        return
+    if len(cu_seq_lens_list) != len(kwargs_list):
+        raise ShapeError(f"cu_seq_lens_list has {len(cu_seq_lens_list)} entries for {len(kwargs_list)} micro-batches")
+    moved = [b.to(k.shifted_labels.device) for b, k in zip(cu_seq_lens_list, kwargs_list, strict=True)]
+    for kwargs, bounds in zip(kwargs_list, moved, strict=True):
+        kwargs.replaced({"cu_seq_lens": bounds}).check()
+    for kwargs, bounds in zip(kwargs_list, moved, strict=True):
+        kwargs.cu_seq_lens = bounds
 
 
 def sequence_weights(

@@ -112,13 +112,14 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     ) -> None:
         if not kwargs_list:
             return
+        if loss_cfg.use_kl_loss:
+            for kwargs in kwargs_list:
+                require(kwargs, "ref_logprobs", _NEED_REF)
         calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
         valid = [kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in kwargs_list]
         num_tokens = calibration.global_sum(valid)
         factor = calibration.gradient_factor(loss_cfg.grad_reduce) / num_tokens
         for kwargs, mask in zip(kwargs_list, valid, strict=True):
-            if loss_cfg.use_kl_loss:
-                require(kwargs, "ref_logprobs", _NEED_REF)
             weight = mask.to(torch.float32) * factor
             is_weights = kwargs.is_weights
             kwargs.policy_loss_weight = weight if is_weights is None else weight * is_weights.masked_fill(~mask, 0)

@@ -36,8 +36,9 @@ class StrictModel(BaseModel):
 class PerToken:
     """Marks a tensor field with one value per token, shaped like ``shifted_labels``.
 
-    ``pad`` fills positions added when a sequence is split over ranks; a float one asks for a floating dtype. ``weight=True``: the loss of a token is
-    multiplied by this, so tokens for which every such field is 0 are left out of the head altogether.
+    ``pad`` fills positions added when a sequence is split over ranks; a float one asks for a floating dtype.
+    ``weight=True``: the loss of a token is multiplied by this, so tokens for which every such field is 0 are left out
+    of the head altogether.
     """
 
     pad: float = 0.0
@@ -52,8 +53,8 @@ class PerBatch:
 class TokenBatch(StrictModel):
     """Tensors of one micro-batch. ``to``, ``chunk``, ``cat``, ``sp_split`` follow from the fields' ``PerToken`` marks.
 
-    A tensor field without a ``PerToken`` or ``PerBatch`` mark that has the shape of ``shifted_labels`` counts as ``PerToken(pad=0)``; anything else
-    (``cu_seq_lens``, scalars) is not per token.
+    A tensor field without a ``PerToken`` or ``PerBatch`` mark that has the shape of ``shifted_labels`` counts as
+    ``PerToken(pad=0)``; anything else is not per token.
 
     Args:
         shifted_labels: ``[T]``, ``[1, T]`` packed or ``[B, S]`` padded, int; at t stands the token predicted there.
@@ -122,28 +123,29 @@ class BaseLossKwargs(TokenBatch):
     """
 
     cu_seq_lens: Annotated[Tensor | None, PerBatch()] = None
-    _rows: tuple[list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
+    _rows: tuple[object, list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
 
-    def remember_rows(self, rows: LiveRows) -> None:
-        """Keep live rows counted for the present tensors; forgotten as soon as one is replaced or written to."""
+    def remember_rows(self, rows: LiveRows, config: object) -> None:
+        """Keep live rows counted for these tensors and ``config``; a tensor replaced or written to ends that."""
         tensors = [value for value, _ in self.per_token().values()]
         if not any(t.is_inference() for t in tensors):  # those have no version counter to notice a write by
-            self._rows = ([(t, t._version) for t in tensors], rows)
+            self._rows = (config, [(t, t._version) for t in tensors], rows)
 
-    def known_rows(self) -> LiveRows | None:
-        """Live rows counted before, if they still hold."""
-        if self._rows is None:
+    def known_rows(self, config: object) -> LiveRows | None:
+        """Live rows counted before under an equal ``config``, if they still hold."""
+        if self._rows is None or self._rows[0] != config:
             return None
         now = [value for value, _ in self.per_token().values()]
-        then, rows = self._rows
+        _, then, rows = self._rows
         same = len(now) == len(then) and all(a is b and a._version == v for a, (b, v) in zip(now, then, strict=True))
         return rows if same else None
 
     def to(self, device: torch.device | str) -> Self:
-        rows = self.known_rows()
+        config = None if self._rows is None else self._rows[0]
+        rows = self.known_rows(config)
         super().to(device)
         if rows is not None:
-            self.remember_rows(rows.to(device))
+            self.remember_rows(rows.to(device), config)
         return self
 
     def sp_split(self, sp_mesh: DeviceMesh) -> Self:
@@ -183,17 +185,18 @@ class BaseLossKwargs(TokenBatch):
         if not chunks:
             raise OptionError("chunks must not be empty")
         first, joined = chunks[0], {}
-        for name in first.per_token():
+        for name in dict.fromkeys(n for c in chunks for n in c.per_token()):
             parts = [getattr(c, name) for c in chunks]
             if any(p is None for p in parts):
                 raise MissingFieldError(f"{name} is None in some of the chunks to cat and a tensor in others")
             joined[name] = torch.cat(parts, dim=-1)
-        if first.cu_seq_lens is not None:
-            bounds, offset = [first.cu_seq_lens[:1]], 0
+        if any(c.cu_seq_lens is not None for c in chunks):
+            bounds: list[Tensor] = []
+            offset = 0
             for c in chunks:
                 if c.cu_seq_lens is None:
                     raise MissingFieldError("cu_seq_lens is None in some of the chunks to cat and a tensor in others")
-                bounds.append(c.cu_seq_lens[1:] + offset)
+                bounds.append(c.cu_seq_lens[1 if bounds else 0 :] + offset)
                 offset += c.shifted_labels.shape[-1]
             joined["cu_seq_lens"] = torch.cat(bounds)
         return first.replaced(joined)
