@@ -101,7 +101,7 @@ def gather_inputs(
 def live_rows(labels: Tensor, ignore_index: int) -> LiveRows:
     """Rows of flat labels that are not ignored. On CUDA all of them: counting would make the stream wait."""
     if labels.is_cuda:
-        return LiveRows.all(labels.shape[0])
+        return LiveRows.all(labels.shape[0], counted=False)
     live = labels != ignore_index
     return LiveRows.find(live if labels.ndim == 1 else live.any(1))
 

@@ -82,13 +82,18 @@ class ChunkRunner:
             self._buffer = self.new_buffer(rows)
         return self._buffer[:rows]
 
-    def hidden_rows(self, start: int, stop: int) -> Tensor:
-        return self.call.rows.take(self.hidden, start, stop).to(self.call.operand_dtype)
+    def operand(self, places: Tensor | slice) -> Tensor:
+        """Hidden states at ``places`` as a GEMM operand. What stands at an ignored token must not matter, be it NaN."""
+        hidden = self.hidden[places].to(self.call.operand_dtype)
+        if self.call.rows.counted:
+            return hidden
+        ignored = self.call.labels[places] == self.call.options.ignore_index
+        return hidden.masked_fill((ignored if ignored.ndim == 1 else ignored.all(1)).unsqueeze(1), 0)
 
     def forward(self, start: int, stop: int, buffer: Tensor, *, for_backward: bool) -> Chunk:
         """Logits and statistics of live rows ``start:stop`` in ``buffer``."""
         call = self.call
-        hidden = self.hidden_rows(start, stop)
+        hidden = self.operand(row_places(self.call.rows, start, stop))
         raw = gemm.project(hidden, self.weight, self.bias, buffer)
         state = call.backend.forward(
             raw,
@@ -223,7 +228,7 @@ def two_pass_backward(
         rows = slice(done + a, done + b) if alive is None else alive[a:b]
         places = row_places(call.rows, 0, call.rows.num_grad)
         places = rows if isinstance(places, slice) else places[rows]
-        hidden = runner.hidden[places].to(call.operand_dtype)
+        hidden = runner.operand(places)
         raw = gemm.project(hidden, runner.weight, runner.bias, runner.work_buffer(b - a))
         temperature = call.temperature[places] if isinstance(call.temperature, Tensor) else call.temperature
         known = stats.map(lambda x, rows=rows: x[rows])  # type: ignore[misc]

@@ -96,7 +96,10 @@ class LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
             masked, exact, ctx.kept = engine.two_pass_forward(ChunkRunner(call, hidden, weight, bias))
-        ctx.save_for_backward(hidden, weight, bias)
+        temperature = call.temperature if isinstance(call.temperature, Tensor) else None
+        ctx.save_for_backward(
+            hidden, weight, bias, call.labels, temperature
+        )  # writing to any of them before is an error
         ctx.call, ctx.exact = call, exact
         ctx.set_materialize_grads(False)
         if masked.top1 is not None:
@@ -107,7 +110,7 @@ class LinearLogprobs(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: HeadCall = ctx.call
-        hidden, weight, bias = ctx.saved_tensors
+        hidden, weight, bias, *_ = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, []  # a second backward computes the logits again
         acc = {n: g[: call.rows.num_grad] for n, g in zip(DIFFERENTIABLE, grads, strict=False) if g is not None}
         with torch.autocast(hidden.device.type, enabled=False):

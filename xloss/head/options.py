@@ -26,18 +26,20 @@ class LiveRows:
 
     ``index`` lists live rows, those that can have a gradient first: ``index[:num_grad]`` go through everything,
     ``index[num_grad:num_live]`` only have their statistics computed, all others never reach the first GEMM.
-    ``index=None`` means all rows in order.
+    ``index=None`` means all rows in order. ``counted=False``: ignored rows may be among them, because looking would
+    have made a CUDA stream wait.
     """
 
     total: int
     num_live: int
     num_grad: int
     index: Tensor | None = None
+    counted: bool = True
 
     @classmethod
-    def all(cls, total: int) -> LiveRows:
+    def all(cls, total: int, *, counted: bool = True) -> LiveRows:
         """Every row is live and has a gradient."""
-        return cls(total, total, total, None)
+        return cls(total, total, total, None, counted)
 
     @classmethod
     def find(cls, live: Tensor, no_grad_rows: Tensor | None = None) -> LiveRows:

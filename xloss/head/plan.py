@@ -39,6 +39,8 @@ class Plan:
     @property
     def num_chunks(self) -> int:
         """Chunks that the live rows are cut into (rows with and without gradient apart)."""
+        if self.kind == "eager":
+            return 1
         grad, rest = -(-self.num_grad // self.chunk_rows), -(-(self.num_live - self.num_grad) // self.chunk_rows)
         return grad + rest
 
@@ -123,10 +125,15 @@ def make_plan(request: PlanRequest) -> Plan:
         vocab_size=r.vocab_size,
         chunk_rows=rows,
         saved_chunks=saved,
-        logits_bytes=held * live_chunk * row_bytes,
+        logits_bytes=_eager_bytes(r, row_bytes) if r.kind == "eager" else held * live_chunk * row_bytes,
         grad_bytes=0 if r.kind == "forward-only" else grads,
         reasons=r.reasons + why,
     )
+
+
+def _eager_bytes(r: PlanRequest, row_bytes: int) -> int:
+    """Logits, log-softmax and its gradient for live rows, and the logits of all rows where that is another tensor."""
+    return row_bytes * (3 * r.num_live + (r.num_rows if r.num_live < r.num_rows else 0))
 
 
 def _budget(r: PlanRequest) -> int:

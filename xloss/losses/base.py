@@ -284,7 +284,7 @@ class BaseLossContext(Generic[InputItem]):
         if known is not None:
             return known
         if self.loss_kwargs.shifted_labels.is_cuda:
-            return LiveRows.all(self.loss_kwargs.shifted_labels.numel())
+            return LiveRows.all(self.loss_kwargs.shifted_labels.numel(), counted=False)
         return self.find_rows()
 
     def live_mask(self) -> Tensor:

@@ -59,6 +59,13 @@ class _Run:
                 "(token_local is False): use plan='two_pass' or 'auto'"
             )
         if self.mode == "eager":
+            refused = {"plan": asked != "auto", "logits_budget": self.run_options.logits_budget is not None}
+            if self.ctx.loss_cfg.mode == "eager" and any(refused.values()):
+                name = next(n for n, set_ in refused.items() if set_)
+                raise UnsupportedError(
+                    f"{name}={getattr(self.ctx.loss_cfg, name)!r} means nothing in mode='eager', which holds all "
+                    "logits; use mode='chunk' or leave it out"
+                )
             return "eager", ("mode is eager",)
         if not self.inputs.tracked:
             return "forward-only", ("no gradient is wanted",)
@@ -74,15 +81,19 @@ class _Run:
 
     def live_kwargs(self) -> BaseLossKwargs:
         """Kwargs of live rows, in live order, for token-local losses."""
-        live = self.kwargs.map_tokens(lambda x, _: self.rows.take(x, 0, self.rows.num_live))
+        kwargs = self.kwargs if self.rows.counted else self.whole_kwargs()
+        live = kwargs.map_tokens(lambda x, _: self.rows.take(x, 0, self.rows.num_live))
         return live.replaced({"cu_seq_lens": None})
 
     def whole_kwargs(self) -> BaseLossKwargs:
         """Kwargs of all rows, 0 where a row is left out: what stands there must not matter, be it NaN."""
         index = self.rows.index
-        if index is None:
+        if index is not None:
+            keep = torch.zeros(self.rows.total, dtype=torch.bool, device=index.device).index_fill(0, index, True)
+        elif self.rows.counted:
             return self.kwargs
-        keep = torch.zeros(self.rows.total, dtype=torch.bool, device=index.device).index_fill(0, index, True)
+        else:
+            keep = self.kwargs.shifted_labels != self.ctx.loss_cfg.ignore_idx
 
         def clean(x: Tensor, mark: PerToken) -> Tensor:
             if not x.dtype.is_floating_point:
@@ -182,8 +193,12 @@ def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
         raise UnsupportedError(
             "mode='fused' cannot run a custom loss_fn; use mode='chunk', or define token_loss to have the kernels"
         )
-    if cfg.plan != "auto":
-        raise UnsupportedError(f"plan={cfg.plan!r} cannot run a custom loss_fn, which has no plan; leave plan='auto'")
+    for name in ("plan", "return_entropy", "skip_zero_grad_rows"):
+        if getattr(cfg, name) != type(cfg).model_fields[name].default:
+            raise UnsupportedError(
+                f"{name}={getattr(cfg, name)!r} needs token_loss: a custom loss_fn runs through autograd, which cannot "
+                "honour it"
+            )
     plan = explain(ctx, hidden, weight, bias)
     if plan.kind == "eager":
         loss, logits, extra = split_result(ctx.loss_fn(hidden, weight, bias, ctx.loss_kwargs))
