@@ -16,10 +16,12 @@ from xloss.head.dispatch import (
 )
 from xloss.head.functions import LinearLogprobs
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
+from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
 from xloss.stats import DIFFERENTIABLE, StatSpec, TokenStats
 
 
+@outside_compile
 def linear_logprobs(
     hidden_states: Tensor,
     head_weight: Tensor,

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss.errors import MissingFieldError, OptionError
 from xloss.head.dispatch import Mode, RunOptions
 from xloss.head.options import HeadOptions, LiveRows
+from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
 from xloss.losses import run
 from xloss.losses.info import LossInfo
@@ -221,6 +222,7 @@ class BaseLossContext(Generic[InputItem]):
     def check_ready(self) -> None:
         """Raise ``MissingFieldError`` unless every field the loss needs is there."""
 
+    @outside_compile
     def forward(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
     ) -> tuple[Tensor, LossInfo]:
