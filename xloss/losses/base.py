@@ -281,13 +281,9 @@ class BaseLossContext(Generic[InputItem]):
         return rows
 
     def live_rows(self) -> LiveRows:
-        """Live tokens: those remembered if no tensor changed since; else counted, or on CUDA taken to be all."""
+        """Live tokens: those remembered if no tensor changed since, else counted anew (waits for a CUDA device)."""
         known = self.loss_kwargs.known_rows(self.loss_cfg)
-        if known is not None:
-            return known
-        if self.loss_kwargs.shifted_labels.is_cuda:
-            return LiveRows.all(self.loss_kwargs.shifted_labels.numel(), counted=False)
-        return self.find_rows()
+        return self.find_rows() if known is None else known
 
     def live_mask(self) -> Tensor:
         """``[T]`` bool: label not ignored, and some weight not 0 (when the kwargs mark weights)."""

@@ -81,19 +81,15 @@ class _Run:
 
     def live_kwargs(self) -> BaseLossKwargs:
         """Kwargs of live rows, in live order, for token-local losses."""
-        kwargs = self.kwargs if self.rows.counted else self.whole_kwargs()
-        live = kwargs.map_tokens(lambda x, _: self.rows.take(x, 0, self.rows.num_live))
+        live = self.kwargs.map_tokens(lambda x, _: self.rows.take(x, 0, self.rows.num_live))
         return live.replaced({"cu_seq_lens": None})
 
     def whole_kwargs(self) -> BaseLossKwargs:
         """Kwargs of all rows, 0 where a row is left out: what stands there must not matter, be it NaN."""
         index = self.rows.index
-        if index is not None:
-            keep = torch.zeros(self.rows.total, dtype=torch.bool, device=index.device).index_fill(0, index, True)
-        elif self.rows.counted:
+        if index is None:
             return self.kwargs
-        else:
-            keep = self.kwargs.shifted_labels != self.ctx.loss_cfg.ignore_idx
+        keep = torch.zeros(self.rows.total, dtype=torch.bool, device=index.device).index_fill(0, index, True)
 
         def clean(x: Tensor, mark: PerToken) -> Tensor:
             if not x.dtype.is_floating_point:
