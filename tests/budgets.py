@@ -42,6 +42,12 @@ def rounding(dtype: torch.dtype, max_logit: float, scale: float) -> float:
     return ROUNDING_FACTOR * eps(dtype) * (1.0 + max_logit) * scale
 
 
+def wide_sum(dtype: torch.dtype, terms: int) -> float:
+    """Relative error of a sum of `terms` products, kept in float32 or wider and rounded once to `dtype`."""
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    return eps(accumulator) * terms**0.5 + eps(dtype)
+
+
 def assert_rounding(name: str, got: Tensor, want: Tensor, max_logit: float, scale: float) -> None:
     """`got` is `want` up to the rounding of its own dtype."""
     found, allowed = error(got, want), rounding(got.dtype, max_logit, scale + norm(want))

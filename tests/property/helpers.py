@@ -41,10 +41,16 @@ def call(case: HeadCase, hidden: Tensor, weight: Tensor, bias: Tensor | None, **
 
 
 def upstream_for(case: HeadCase) -> dict[str, Tensor]:
-    """A random number per token and statistic, ignored tokens too: nothing uniform for a scaling bug to hide behind."""
+    """A random number per token and statistic, ignored tokens too: nothing uniform for a scaling bug to hide behind.
+
+    None, half or most of the tokens get 0 for all statistics: clipped tokens, which a backward may leave out.
+    """
     g = case.generator()
+    share = (0.0, 0.5, 0.9)[int(torch.randint(0, 3, (), generator=g))]
+    used = (torch.rand(case.leading, generator=g) >= share).double()
     shapes = dict.fromkeys(oracle.STATISTICS, tuple(case.leading)) | {"logprobs": tuple(case.labels.shape)}
-    return {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+    drawn = {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+    return {name: x * (used if x.shape == used.shape else used[..., None]) for name, x in drawn.items()}
 
 
 def weigh(stats: Any, upstream: dict[str, Tensor]) -> Tensor:

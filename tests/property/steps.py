@@ -56,7 +56,14 @@ def rl_items(case: StepCase) -> list[RLLossContextInputItem]:
 
 
 def ce_items(case: StepCase) -> list[CELossContextInputItem]:
-    return [CELossContextInputItem(shifted_labels=b.labels) for b in case.batches]
+    """Importance weights serve as free token weights; NaN stands at ignored tokens."""
+    return [
+        CELossContextInputItem(
+            shifted_labels=b.labels,
+            token_weight=None if b.is_weights is None else b.is_weights.masked_fill(b.labels == -100, torch.nan),
+        )
+        for b in case.batches
+    ]
 
 
 def head_fields(case: StepCase) -> dict[str, Any]:
@@ -124,7 +131,7 @@ def gold_step(case: StepCase, got: Step, objective: grpo.Objective | None = None
 def _ce_terms(case: StepCase, got: Step, stats: list[head.Stats], **options: Any) -> list[Tensor]:
     reduction = options.pop("reduction", "token")
     labels = [b.labels for b in case.batches]
-    want = ce.step_weights(labels, case.cu_seq_lens, reduction, ignore_index=case.head.ignore_index)
+    want = ce.step_weights(labels, case.cu_seq_lens, reduction, [b.is_weights for b in case.batches])
     ours = [calibrated("loss_weight", k.loss_weight, w) for k, w in zip(got.kwargs, want, strict=True)]
     return [w * ce.token_loss(s, **options) for s, w in zip(stats, ours, strict=True)]
 

@@ -131,6 +131,11 @@ def test_temperature_is_a_scale(case: HeadCase, factor: float) -> None:
     _same_grads(dx, dy, gold)
 
 
+def _unweighted(case: StepCase) -> None:
+    for batch in case.batches:
+        batch.is_weights = None
+
+
 def _cuts(case: StepCase, data: st.DataObject) -> StepCase:
     """The tokens of a step joined and cut elsewhere into micro-batches; layout [1, T]."""
     joined = torch.cat([h.reshape(-1, h.shape[-1]) for h in case.hidden])
@@ -162,8 +167,7 @@ def _rows(hidden: list[Tensor]) -> Tensor:
 @given(case=step_cases(), policy=policies(), data=st.data(), run=st.sampled_from(({}, {"plan": "two_pass"})))
 def test_micro_batch_cut(case: StepCase, policy: dict[str, Any], data: st.DataObject, run: dict[str, str]) -> None:
     """One global batch cut anywhere, empty micro-batches too: the same loss and gradients."""
-    for batch in case.batches:
-        batch.is_weights = None
+    _unweighted(case)
     cut = _cuts(case, data)
     policy_cfg = GRPOLossConfig(
         policy_loss_cfg=policy,
@@ -183,6 +187,7 @@ def test_micro_batch_cut(case: StepCase, policy: dict[str, Any], data: st.DataOb
 def test_order_of_a_pack(case: StepCase, reduction: str, data: st.DataObject) -> None:
     """Sequences in another order, and packs dealt to other micro-batches, one sequence each: the same numbers."""
     assert case.cu_seq_lens is not None
+    _unweighted(case)
     sequences = []
     for hidden, batch, cu in zip(case.hidden, case.batches, case.cu_seq_lens, strict=True):
         rows, labels = hidden.reshape(-1, hidden.shape[-1]), batch.labels.reshape(-1)

@@ -119,8 +119,8 @@ def test_wider_than_any_block(dtype: torch.dtype, cap: float | None) -> None:
         inputs = [leaf(hidden), leaf(weight)]
         stats = call(case, *inputs, None, mode="chunk", **(ALL_STATISTICS if only is adjoints else {}))
         got = torch.autograd.grad(weigh(stats, only), inputs)
-        for ours, exact, scale in zip(got, gold.grads, gold.scales, strict=False):
-            budgets.assert_rounding("gradient", ours, exact, gold.max_logit, scale)
+        for ours, exact in zip(got, gold.grads, strict=False):
+            budgets.assert_relative("gradient", ours, exact, budgets.wide_sum(dtype, 16411))
 
 
 @given(case=head_cases(dtype=torch.float32, magnitudes=(1.0, 30.0)))

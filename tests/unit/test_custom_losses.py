@@ -136,6 +136,21 @@ def test_custom_loss_fn_second_backward() -> None:
                 loss.backward()
 
 
+@pytest.mark.parametrize("mode", ["eager", "chunk"])
+def test_custom_loss_fn_under_a_gradient_scaler(mode: str) -> None:
+    """float16, and gradients too small for it until the factor arrives, after the chunks were differentiated."""
+    inputs = [(torch.randn(1, 2048, 2) * size).half().requires_grad_() for size in (1e-2, 1e-3)]
+    inputs[1] = inputs[1].detach()[0, :5].requires_grad_()
+    labels = torch.randint(0, 5, (1, 2048))
+    cfg = CustomLossConfig(focus=0.0, mode=mode, chunk_size=700)
+    (kwargs,) = CustomLossContext.build_batches_loss_kwargs([CELossContextInputItem(shifted_labels=labels)], cfg)
+    loss, _ = CustomLossContext(cfg, kwargs).forward(*inputs)
+    leaves = head.leaves(*inputs)
+    plain = focal(F.linear(*leaves), labels, kwargs.loss_weight.double(), 0.0)
+    scale = 2.0**22
+    assert_same(grads(loss * scale, *inputs), head.grads(plain * scale, leaves), 4 * budgets.eps(torch.float16))
+
+
 def test_custom_loss_fn_errors() -> None:
     hidden, weight, labels = tensors()
     with pytest.raises(ValidationError, match="Did you mean 'focus'"):

@@ -15,7 +15,7 @@ from xloss.cli.corpus import Corpus, load_corpus
 from xloss.cli.demo_steps import num_ticks, run_steps
 from xloss.cli.demo_verdict import DemoResult
 from xloss.cli.errors import CannotRun, MeasurementFailed
-from xloss.cli.info import environment
+from xloss.cli.info import busy_machine, environment
 from xloss.cli.options import DemoOptions, Sizes, choose_sizes
 from xloss.cli.progress import Bars
 from xloss.cli.rollouts import batch_shape, roll_out
@@ -30,6 +30,7 @@ def demo(*, options: DemoOptions = DemoOptions()) -> int:  # noqa: B008 (frozen)
     demo.md and plots. Exit status 0 if everything held, 1 if not.
     """
     sizes, notes = choose_sizes(options)
+    notes += busy_machine()
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

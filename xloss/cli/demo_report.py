@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from xloss.cli.calibration import Cut
-from xloss.cli.demo_steps import Step
+from xloss.cli.demo_steps import CHECKED_WORDS, Step
 from xloss.cli.demo_verdict import DemoResult, Verdict, memory_ratio, pairs, speedup
 
 
@@ -76,18 +76,20 @@ def headlines(result: DemoResult) -> dict[str, str]:
     }
 
 
-STEP_NOTE = (
-    "eager is `log_softmax(hidden @ weight.T)` and plain autograd. Gradient error: |g - g64| / |g64| against float64, "
-    "the larger of hidden states (all tokens) and head (4,096 words). Peak: memory above what was held before the "
-    "step, gradients included."
-)
+def _step_note(result: DemoResult) -> str:
+    return (
+        "eager is `log_softmax(hidden @ weight.T)` and plain autograd. Gradient error: |g - g64| / |g64| against "
+        "float64, the larger of hidden states (all tokens) and head "
+        f"({min(CHECKED_WORDS, result.sizes.vocab_size):,} words). "
+        "Peak: memory above what was held before the step, gradients included."
+    )
 
 
 def print_tables(console: Console, result: DemoResult) -> None:
     """The whole result on the terminal, right at 80 columns."""
     lines = headlines(result)
     for note in result.notes:
-        console.print(f"[yellow]Made smaller:[/] {escape(note)}", highlight=False)
+        console.print(f"[yellow]Note:[/] {escape(note)}", highlight=False)
     for part in ("Text", "Training"):
         console.print(f"[bold]{part}.[/] {escape(lines[part])}", highlight=False)
     tables = (
@@ -111,7 +113,7 @@ def to_markdown(result: DemoResult, verdict: Verdict, plots: dict[str, Any]) -> 
         f"{key} {value}" for key, value in result.environment.items() if isinstance(value, str | int)
     )
     parts = ["# xloss demo", f"**{verdict.line}**", f"{environment}; {sum(result.seconds.values()):.0f} s."]
-    parts += [f"Made smaller: {note}" for note in result.notes]
+    parts += [f"Note: {note}" for note in result.notes]
     parts += [f"![Summary]({plots['files'][0]})"] if plots["files"] else [f"No plots: {plots['reason']}"]
     parts += ["## Text and training", lines["Text"], lines["Training"]]
     parts += [
@@ -119,7 +121,11 @@ def to_markdown(result: DemoResult, verdict: Verdict, plots: dict[str, Any]) -> 
         lines["Policy steps"],
         _table(STEP_COLUMNS, step_rows(result.steps), 2),
     ]
-    parts += [STEP_NOTE, "What the engine did, in its own words (GRPO):", f"```\n{pairs(result.steps)[0][1].plan}\n```"]
+    parts += [
+        _step_note(result),
+        "What the engine did, in its own words (GRPO):",
+        f"```\n{pairs(result.steps)[0][1].plan}\n```",
+    ]
     parts += ["## Calibration", lines["Calibration"], _table(CUT_COLUMNS, cut_rows(result.calibration), 1)]
     parts += [
         "Naive is `loss.mean() / number of micro-batches`: a short sequence alone in its micro-batch counts as much as "

@@ -29,6 +29,7 @@ from xloss.cli.rollouts import Rollouts
 
 Run = Literal["eager", "xloss"]
 ENOUGH_MS = 2500.0  # a step is repeated until it took this long in all, five times at most; the fastest counts
+CHECKED_WORDS = 4096  # rows of the head's gradient that are compared with float64
 Formula = Callable[[Tensor, Rollouts, slice], Tensor]
 _PPO = {"loss_type": "vanilla", "cliprange_low": float64.CLIP_LOW, "cliprange_high": float64.CLIP_HIGH}
 _CISPO = {
@@ -108,7 +109,7 @@ def num_ticks(batch: Rollouts) -> int:
     return len(LOSSES) * len(get_args(Run)) + 1 + -(-batch.num_tokens // 256)
 
 
-def _checked_words(batch: Rollouts, count: int = 4096) -> Tensor:
+def _checked_words(batch: Rollouts, count: int = CHECKED_WORDS) -> Tensor:
     """Words whose rows of the head's gradient are compared: those that were sampled, then others. ``[M]``."""
     sampled = batch.shifted_labels.unique()[: count // 2]
     others = torch.arange(len(batch.head_weight), device=sampled.device)

@@ -19,7 +19,7 @@ class DemoResult:
 
     environment: dict[str, Any]
     sizes: Sizes
-    notes: tuple[str, ...]  # what was made smaller than asked for, and why
+    notes: tuple[str, ...]  # what was made smaller than asked for, and what disturbs the figures
     text: dict[str, Any]
     training: Training
     batch: dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -61,6 +62,16 @@ def environment() -> dict[str, Any]:
         "memory_free_gib": None if free is None else round(free / 2**30, 1),
         "devices": devices(),
     }
+
+
+def busy_machine() -> list[str]:
+    """A sentence if others keep this machine's processors busy: times measured on it say little."""
+    load, processors = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load < 0.5 * processors:
+        return []
+    return [
+        f"this machine is busy (load {load:.1f} on {processors} processors): the times below are not to be trusted."
+    ]
 
 
 def devices() -> list[str]:

@@ -108,9 +108,9 @@ def _shrink(sizes: Sizes, free: int) -> tuple[Sizes, list[str]]:
             f"{free / GIB:.1f} GiB of memory are free; the smallest demo needs "
             f"{needed_bytes(sizes) / 0.85 / GIB:.1f} GiB. Close something, or give a smaller --hidden-size."
         )
+    why = f"{free / GIB:.1f} GiB are free, {needed_bytes(asked) / GIB:.1f} GiB wanted (most of it for eager's logits)"
     notes = [
-        f"--{name.replace('_', '-')} {getattr(asked, name)} -> {getattr(sizes, name)}: {free / GIB:.1f} GiB free, "
-        f"{needed_bytes(asked) / GIB:.1f} GiB wanted (eager's logits are the most of it)"
+        f"made smaller: --{name.replace('_', '-')} {getattr(asked, name)} -> {getattr(sizes, name)}; {why}."
         for name in ("tokens", "vocab_size")
         if getattr(asked, name) != getattr(sizes, name)
     ]

@@ -94,7 +94,8 @@ def _loss(axes: Axes, training: Training) -> None:
         ha="right",
         color=QUIET,
     )
-    axes.plot(steps, training.curve, color=BLUE, linewidth=2)
+    axes.plot(steps, training.curve, color=BLUE, linewidth=1.2, alpha=0.35, label="training batch")
+    axes.plot(steps, _running_mean(training.curve), color=BLUE, linewidth=2.4, label="mean of the last 5")
     ends = ((0, training.held_out_before), (training.num_steps, training.held_out_after))
     axes.plot([x for x, _ in ends], [y for _, y in ends], "o", color=INK, markersize=5.5, label="unseen text")
     axes.annotate(
@@ -103,8 +104,12 @@ def _loss(axes: Axes, training: Training) -> None:
     axes.set_xlim(-0.03 * training.num_steps, 1.12 * training.num_steps)
     axes.set(title="Cross-entropy of the tiny model", xlabel="training step", ylabel="loss (nats per token)")
     axes.set_ylim(0, training.uniform * 1.12)
-    axes.plot([], [], color=BLUE, linewidth=2, label="training batch")
     axes.legend(loc="lower left")
+
+
+def _running_mean(values: tuple[float, ...], width: int = 5) -> list[float]:
+    recent = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in recent]
 
 
 def _memory(axes: Axes, steps: tuple[Step, ...]) -> None:
