@@ -54,6 +54,8 @@ def run(*, options: RunOptions = RunOptions()) -> int:  # noqa: B008 (frozen)
         suite = options.suite(device)
     except ValueError as error:
         _refuse(str(error))
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     environment, rows, began = describe(device, options.commit), [], time.perf_counter()
     console = Console(stderr=options.json)
     if not console.is_terminal:

@@ -117,7 +117,7 @@ def judge(errors: Errors, case: Case) -> Verdict:
     return Verdict("ok", errors)
 
 
-def slice_errors(case: Case, batch: Batch, result: Result, num_rows: int = 24) -> Errors:
+def slice_errors(case: Case, batch: Batch, result: Result, num_rows: int = 64) -> Errors:
     """Errors of some rows of dH (or of log-probs), the last token among them, at the full size.
 
     A row of dH needs that token alone: ``dh_t = g (W[y] - p W) - e (p (log p + entropy)) W``, by autograd in float64.

@@ -43,6 +43,8 @@ class RunOptions:
     """dtype of hidden states and head."""
     rounds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None
     """Timed rounds; at least 7 by default."""
+    threads: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None
+    """Threads of torch on the CPU; its own choice by default."""
     out: Path | None = None
     """Folder of the result; benchmarks/results for the standard set, else out/benchmarks."""
     commit: str | None = None
@@ -53,7 +55,9 @@ class RunOptions:
     @property
     def narrowed(self) -> bool:
         """Whether this is something else than the standard set."""
-        return bool(self.quick or self.losses or self.providers or self.shapes or self.dtype or self.rounds)
+        return bool(
+            self.quick or self.losses or self.providers or self.shapes or self.dtype or self.rounds or self.threads
+        )
 
     @property
     def folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""Time: all providers of a shape in one process, one run each in turn, the order rotated from round to round.
+"""Time: all providers of a shape in one process, one run each in turn; every round starts elsewhere and turns round.
 
 A neighbour that slows the machine down slows all of them; ratios are taken within a round, so that such drift cancels.
 """
@@ -53,7 +53,8 @@ def interleave(
     try:
         for i in range(rounds):
             turn = i % max(len(order), 1)
-            for key in order[turn:] + order[:turn]:
+            circle = order[turn:] + order[:turn]
+            for key in reversed(circle) if i % 2 else circle:
                 if key in failed:
                     continue
                 try:

@@ -180,6 +180,7 @@ def step_cases(
     draw: st.DrawFn,
     *,
     packed: bool | None = None,
+    weighted: bool = True,
     scalar_temperature: bool = True,
     dtype: torch.dtype = torch.float64,
     max_batches: int = 3,
@@ -213,7 +214,9 @@ def step_cases(
                 advantages,
                 old=guess + spread * randn(),
                 ref=guess + spread * randn(),
-                is_weights=torch.rand(shape, generator=g, dtype=dtype) * 2 if draw(st.booleans()) else None,
+                is_weights=torch.rand(shape, generator=g, dtype=dtype) * 2
+                if weighted and draw(st.booleans())
+                else None,
             )
         )
         hidden.append(torch.randn(*shape, hidden_size, generator=g, dtype=dtype))

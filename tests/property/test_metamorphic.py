@@ -131,11 +131,6 @@ def test_temperature_is_a_scale(case: HeadCase, factor: float) -> None:
     _same_grads(dx, dy, gold)
 
 
-def _unweighted(case: StepCase) -> None:
-    for batch in case.batches:
-        batch.is_weights = None
-
-
 def _cuts(case: StepCase, data: st.DataObject) -> StepCase:
     """The tokens of a step joined and cut elsewhere into micro-batches; layout [1, T]."""
     joined = torch.cat([h.reshape(-1, h.shape[-1]) for h in case.hidden])
@@ -164,10 +159,11 @@ def _rows(hidden: list[Tensor]) -> Tensor:
     return torch.cat([h.flatten(0, -2) for h in hidden])
 
 
-@given(case=step_cases(), policy=policies(), data=st.data(), run=st.sampled_from(({}, {"plan": "two_pass"})))
+@given(
+    case=step_cases(weighted=False), policy=policies(), data=st.data(), run=st.sampled_from(({}, {"plan": "two_pass"}))
+)
 def test_micro_batch_cut(case: StepCase, policy: dict[str, Any], data: st.DataObject, run: dict[str, str]) -> None:
     """One global batch cut anywhere, empty micro-batches too: the same loss and gradients."""
-    _unweighted(case)
     cut = _cuts(case, data)
     policy_cfg = GRPOLossConfig(
         policy_loss_cfg=policy,
@@ -183,11 +179,14 @@ def test_micro_batch_cut(case: StepCase, policy: dict[str, Any], data: st.DataOb
         _equal_steps(whole, parts, case)
 
 
-@given(case=step_cases(packed=True), reduction=st.sampled_from(("token", "sample", "square")), data=st.data())
+@given(
+    case=step_cases(packed=True, weighted=False),
+    reduction=st.sampled_from(("token", "sample", "square")),
+    data=st.data(),
+)
 def test_order_of_a_pack(case: StepCase, reduction: str, data: st.DataObject) -> None:
     """Sequences in another order, and packs dealt to other micro-batches, one sequence each: the same numbers."""
     assert case.cu_seq_lens is not None
-    _unweighted(case)
     sequences = []
     for hidden, batch, cu in zip(case.hidden, case.batches, case.cu_seq_lens, strict=True):
         rows, labels = hidden.reshape(-1, hidden.shape[-1]), batch.labels.reshape(-1)
@@ -242,7 +241,7 @@ def test_wide_clip_is_importance_sampling(case: StepCase) -> None:
         log_prob_diff_max=80.0,
     )
     for batch in case.batches:
-        batch.old = batch.old.clamp(-18, 2)
+        batch.old = batch.old.clamp(-18, -14)  # ratios above 1e-9
     _identical(_run(case, wide), _run(case, {"loss_type": "importance_sampling"}))
 
 
@@ -278,15 +277,12 @@ def test_on_policy_without_old_is_with_current(case: StepCase) -> None:
 @given(case=step_cases(max_batches=1), policy=policies())
 def test_scaling_advantages_scales_a_policy_gradient(case: StepCase, policy: dict[str, Any]) -> None:
     """All but dro are linear in the advantage's size."""
-    if policy["loss_type"] == "dro":
-        policy = {"loss_type": "reinforce"}
+    policy = {"loss_type": "reinforce"} if policy["loss_type"] == "dro" else policy
     once = _run(case, policy)
     case.batches[0].advantages = case.batches[0].advantages * 2.0  # exact in binary
     twice = _run(case, policy)
-    for x, y in zip(
-        [*once.losses, *once.hidden, once.weight], [*twice.losses, *twice.hidden, twice.weight], strict=True
-    ):
-        assert torch.equal(2 * x, y)
+    once.losses, once.hidden, once.weight = [2 * x for x in once.losses], [2 * x for x in once.hidden], 2 * once.weight
+    _identical(once, twice)
 
 
 @pytest.mark.parametrize("run", [{"mode": "eager"}, {"mode": "chunk"}], ids=["eager", "chunk"])
