@@ -10,50 +10,26 @@ A backend turns raw logits into statistics (``forward``) and, given one adjoint 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from xloss.head.backend import Adjoints, LossTwin, RawRows, RowState
 from xloss.head.options import HeadOptions
 from xloss.stats import TokenStats
 
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_BIAS_FLOOR = -1e30  # a banned token's bias of -inf becomes this: its probability is exactly 0 and p * z stays 0
 
 
-@dataclass
-class RowState:
-    """A chunk between forward and backward: ``buffer [C, V]`` holds transformed logits, or probabilities."""
+def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowState:
+    """Statistics; the buffer then holds transformed logits.
 
-    buffer: Tensor
-    labels: Tensor
-    temperature: float | Tensor
-    stats: TokenStats
-    holds_probs: bool
-
-    def keep_rows_(self, index: Tensor) -> RowState:
-        """Move rows ``index`` (ascending) to the front of the buffer, in place, and forget the others."""
-        step = _block_rows(self.buffer)
-        for start in range(0, index.numel(), step):
-            part = index[start : start + step]
-            self.buffer[start : start + part.numel()] = self.buffer.index_select(0, part)
-        temperature = self.temperature
-        if isinstance(temperature, Tensor):
-            temperature = temperature.index_select(0, index)
-        stats = self.stats.map(lambda x: x.index_select(0, index))
-        return RowState(self.buffer[: index.numel()], self.labels[index], temperature, stats, self.holds_probs)
-
-
-def forward(
-    raw: Tensor, labels: Tensor, temperature: float | Tensor, options: HeadOptions, *, for_backward: bool
-) -> RowState:
-    """Statistics of raw logits ``[C, V]``, whose buffer becomes the state that ``backward`` starts from.
-
-    ``for_backward``: turn the buffer into probabilities when the gradient needs nothing else (one pass saved).
-    Statistics of ignored labels are those of some label; the caller masks them.
+    ``for_backward``: it holds probabilities instead when the gradient needs nothing else (one pass saved).
     """
+    raw, labels = rows.logits, rows.labels
     spec = options.stats
-    _transform_(raw, temperature, options)
+    _transform_(rows, options)
     picked = raw.gather(1, _label_index(labels, raw.shape[1])).view(labels.shape)
     mean_logit = raw.mean(1) if spec.mean_logit else None
     top1 = raw.argmax(1) if spec.top1 else None
@@ -63,33 +39,32 @@ def forward(
     sum_p2 = torch.empty_like(lse) if spec.sum_p2 else None
     scratch = None if to_probs else _scratch(raw)
     shifted = None if entropy is None else _scratch(raw)
-    for rows, z in _blocks(raw):
+    for span, z in _blocks(raw):
         peak = z.amax(1)
         p = torch.softmax(z, 1, out=z if scratch is None else scratch[: z.shape[0]])
         # p at the peak is 1 / sum(exp(z - peak)) to the last bit: no second sum over the row
         log_peak = p.amax(1).log_()
-        torch.sub(peak, log_peak, out=lse[rows])
+        torch.sub(peak, log_peak, out=lse[span])
         if entropy is not None and shifted is not None:  # about the peak: exact for logits of any size
             below = torch.sub(z, peak.unsqueeze(1), out=shifted[: z.shape[0]])
-            entropy[rows] = -log_peak - torch.linalg.vecdot(p, below)
+            entropy[span] = -log_peak - torch.linalg.vecdot(p, below)
         if sum_p2 is not None:
-            sum_p2[rows] = torch.linalg.vecdot(p, p)
+            sum_p2[span] = torch.linalg.vecdot(p, p)
     logprobs = picked - (lse if labels.ndim == 1 else lse.unsqueeze(1))
     stats = TokenStats(logprobs, lse, entropy, mean_logit, sum_p2, top1)
-    return RowState(raw, labels, temperature, stats, to_probs)
+    return RowState(rows, stats, to_probs)
 
 
-def resume(
-    raw: Tensor, labels: Tensor, temperature: float | Tensor, options: HeadOptions, stats: TokenStats
-) -> RowState:
-    """State of a chunk whose logits were computed again and whose statistics are known."""
-    _transform_(raw, temperature, options)
-    return RowState(raw, labels, temperature, stats, False)
+def resume(rows: RawRows, options: HeadOptions, stats: TokenStats) -> RowState:
+    """The buffer holds transformed logits again."""
+    _transform_(rows, options)
+    return RowState(rows, stats)
 
 
-def backward(state: RowState, adjoints: dict[str, Tensor], options: HeadOptions) -> Tensor:
-    """Gradient of the raw logits ``[C, V]`` from adjoints of the statistics; overwrites the state's buffer."""
-    labels, vocab = state.labels, state.buffer.shape[1]
+def backward(state: RowState, adjoints: Adjoints, options: HeadOptions, operand: torch.dtype) -> Tensor:
+    """Overwrites the buffer; always in its dtype, the GEMMs narrow it."""
+    buffer = state.rows.logits
+    labels, vocab = state.rows.labels, buffer.shape[1]
     live = labels != options.ignore_index
     g = torch.where(live, adjoints["logprobs"], 0)
     onehot = g if labels.ndim == 2 else g.unsqueeze(1)
@@ -105,17 +80,34 @@ def backward(state: RowState, adjoints: dict[str, Tensor], options: HeadOptions)
         assert state.stats.entropy is not None
         p_coef = p_coef + others["entropy"] * (state.stats.lse - state.stats.entropy)
     uniform = others["mean_logit"] / vocab if "mean_logit" in others else None
-    inner = options.logit_scale / state.temperature  # d z / d raw, softcap apart
+    inner = options.logit_scale / state.rows.temperature  # d z / d raw, softcap apart
     if options.softcap is None:
         p_coef, onehot = p_coef * inner, onehot * _column(inner)
         uniform = None if uniform is None else uniform * inner
         others = {k: v * inner for k, v in others.items()}
     if state.holds_probs:
-        _probs_to_grad_(state.buffer, p_coef, uniform)
-        state.buffer.scatter_add_(1, _label_index(labels, vocab), onehot.to(state.buffer.dtype))
+        _probs_to_grad_(buffer, p_coef, uniform)
+        buffer.scatter_add_(1, _label_index(labels, vocab), onehot.to(buffer.dtype))
     else:
         _logits_to_grad_(state, p_coef, uniform, onehot, others, options)
-    return state.buffer
+    return buffer
+
+
+def loss_rows(
+    rows: RawRows, options: HeadOptions, twin: LossTwin, operand: torch.dtype
+) -> tuple[TokenStats, Tensor, Tensor] | None:
+    """None: losses are torch code here."""
+    return None
+
+
+def scale(grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """On CPU an upstream gradient of 1 costs nothing; on CUDA looking at it would wait for the device."""
+    if not upstream.is_cuda and float(upstream) == 1.0:
+        return grad.to(dtype, copy=not in_place)
+    if grad.dtype in (torch.float32, torch.float64):
+        upstream = upstream.to(grad.dtype)
+        return grad.mul_(upstream).to(dtype) if in_place else (grad * upstream).to(dtype)
+    return (grad.float() * upstream).to(dtype)
 
 
 def _probs_to_grad_(p: Tensor, p_coef: Tensor, uniform: Tensor | None) -> None:
@@ -133,13 +125,14 @@ def _logits_to_grad_(
     options: HeadOptions,
 ) -> None:
     entropy, sum_p2 = others.get("entropy"), others.get("sum_p2")
-    index = _label_index(state.labels, state.buffer.shape[1])
-    probs = _scratch(state.buffer)
-    slope = _scratch(state.buffer) if options.softcap is not None else None
-    for rows, z in _blocks(state.buffer):
+    buffer = state.rows.logits
+    index = _label_index(state.rows.labels, buffer.shape[1])
+    probs = _scratch(buffer)
+    slope = _scratch(buffer) if options.softcap is not None else None
+    for rows, z in _blocks(buffer):
         p = torch.softmax(z, 1, out=probs[: z.shape[0]])
         if slope is not None:
-            chain = _softcap_slope(z, state.temperature, rows, options, out=slope[: z.shape[0]])
+            chain = _softcap_slope(z, state.rows.temperature, rows, options, out=slope[: z.shape[0]])
         if entropy is not None:
             z.mul_(-entropy[rows].unsqueeze(1)).add_(p_coef[rows].unsqueeze(1))
         else:
@@ -162,8 +155,10 @@ def _softcap_slope(z: Tensor, temperature: float | Tensor, rows: slice, options:
     return out.square_().neg_().add_(1).mul_(options.logit_scale / t)
 
 
-def _transform_(raw: Tensor, temperature: float | Tensor, options: HeadOptions) -> None:
-    t = _column(temperature)
+def _transform_(rows: RawRows, options: HeadOptions) -> None:
+    raw, t = rows.logits, _column(rows.temperature)
+    if rows.bias is not None:
+        raw += rows.bias.to(raw.dtype).clamp(min=_BIAS_FLOOR)
     if options.softcap is None:
         factor = options.logit_scale / t
         if isinstance(factor, Tensor) or factor != 1.0:

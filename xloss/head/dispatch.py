@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, cast
@@ -13,7 +14,8 @@ from torch import Tensor
 from xloss import shapes
 from xloss.errors import OptionError, UnsupportedError
 from xloss.head import chunk, gemm
-from xloss.head.engine import HeadCall, RowBackend
+from xloss.head.backend import RowBackend
+from xloss.head.engine import HeadCall
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
 from xloss.head.plan import Plan, PlanKind, PlanRequest, make_plan
 
@@ -40,9 +42,15 @@ class RunOptions:
                 raise OptionError(f"{name} must be a positive integer or None; got {value!r}")
 
 
-def fused_missing() -> str | None:
-    """Why ``mode="fused"`` cannot run here, or ``None`` if it can."""
-    return "the Triton kernels are not part of this version"
+def fused_missing(device_type: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why ``mode="fused"`` cannot run on tensors of this kind here, or ``None`` if it can."""
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32, and these tensors are float64"
+    if not has_triton():
+        return "the triton package is not installed"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the Triton kernels need a CUDA device, and these tensors are on {device_type}"
+    return None
 
 
 @cache
@@ -51,14 +59,22 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def resolve_mode(mode: Mode, device_type: str) -> Literal["eager", "chunk", "fused"]:
+def resolve_mode(mode: Mode, device_type: str, dtype: torch.dtype) -> Literal["eager", "chunk", "fused"]:
     """``auto`` is ``fused`` on CUDA where the kernels can run, else ``chunk``; ``fused`` raises where they cannot."""
-    missing = fused_missing()
     if mode == "auto":
-        return "fused" if device_type == "cuda" and missing is None else "chunk"
-    if mode == "fused" and missing is not None:
+        return "fused" if device_type == "cuda" and fused_missing(device_type, dtype) is None else "chunk"
+    if mode == "fused" and (missing := fused_missing(device_type, dtype)) is not None:
         raise UnsupportedError(f"mode='fused' cannot run: {missing}; use mode='chunk' or 'auto'")
     return mode
+
+
+def row_backend(mode: str) -> RowBackend:
+    """The backend of a resolved mode. The Triton one is imported on its first use."""
+    if mode == "fused":
+        from xloss.head import fused
+
+        return cast(RowBackend, fused)
+    return cast(RowBackend, chunk)
 
 
 def gather_inputs(
@@ -139,7 +155,7 @@ def head_call(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, plan: Pl
         options=options,
         rows=rows,
         plan=plan,
-        backend=cast(RowBackend, chunk),
+        backend=row_backend(plan.mode),
         operand_dtype=inputs.operand_dtype,
         allow_retain_graph=run.allow_retain_graph,
     )

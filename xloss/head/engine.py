@@ -6,7 +6,7 @@ beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,26 +14,10 @@ import torch
 from torch import Tensor
 
 from xloss.head import gemm
-from xloss.head.chunk import RowState
-from xloss.head.options import HeadOptions, LiveRows, rows_of
+from xloss.head.backend import Adjoints, LossTwin, RawRows, RowBackend, RowState
+from xloss.head.options import HeadOptions, LiveRows
 from xloss.head.plan import Plan
 from xloss.stats import DIFFERENTIABLE, TokenStats, mask_ignored
-
-Adjoints = dict[str, Tensor]
-
-
-class RowBackend(Protocol):
-    """Row work on one chunk of logits; ``xloss.head.chunk`` is the torch one and says what each function means."""
-
-    def forward(
-        self, raw: Tensor, labels: Tensor, temperature: float | Tensor, options: HeadOptions, *, for_backward: bool
-    ) -> RowState: ...
-
-    def resume(
-        self, raw: Tensor, labels: Tensor, temperature: float | Tensor, options: HeadOptions, stats: TokenStats
-    ) -> RowState: ...
-
-    def backward(self, state: RowState, adjoints: Adjoints, options: HeadOptions) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -90,18 +74,18 @@ class ChunkRunner:
         ignored = self.call.labels[places] == self.call.options.ignore_index
         return hidden.masked_fill((ignored if ignored.ndim == 1 else ignored.all(1)).unsqueeze(1), 0)
 
+    def project(self, hidden: Tensor, places: Tensor | slice, buffer: Tensor) -> RawRows:
+        """Raw logits of operands ``hidden [C, H]``, which stand at ``places`` in ``[T]``, with what belongs to them."""
+        call = self.call
+        temperature = call.temperature[places] if isinstance(call.temperature, Tensor) else call.temperature
+        return RawRows(gemm.project(hidden, self.weight, buffer), call.labels[places], temperature, self.bias)
+
     def forward(self, start: int, stop: int, buffer: Tensor, *, for_backward: bool) -> Chunk:
         """Logits and statistics of live rows ``start:stop`` in ``buffer``."""
-        call = self.call
-        hidden = self.operand(row_places(self.call.rows, start, stop))
-        raw = gemm.project(hidden, self.weight, self.bias, buffer)
-        state = call.backend.forward(
-            raw,
-            call.rows.take(call.labels, start, stop),
-            rows_of(call.temperature, call.rows, start, stop),
-            call.options,
-            for_backward=for_backward,
-        )
+        places = row_places(self.call.rows, start, stop)
+        hidden = self.operand(places)
+        rows = self.project(hidden, places, buffer)
+        state = self.call.backend.forward(rows, self.call.options, for_backward=for_backward)
         return Chunk(start, stop, hidden, state)
 
 
@@ -126,7 +110,7 @@ class GradSink:
         if self.weight is not None:
             gemm.add_grad_weight(self.weight, dlogits, hidden, self._first)
         if self.bias is not None:
-            self.bias += dlogits.sum(0)
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
         self._first = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -143,7 +127,7 @@ def row_places(rows: LiveRows, start: int, stop: int) -> Tensor | slice:
 
 def masked_stats(call: HeadCall, chunk: Chunk) -> TokenStats:
     """The chunk's statistics as the outside sees them: 0 at ignored labels."""
-    return mask_ignored(chunk.state.stats, chunk.state.labels, call.options.ignore_index)
+    return mask_ignored(chunk.state.stats, chunk.state.rows.labels, call.options.ignore_index)
 
 
 def cat_stats(parts: list[TokenStats], runner: ChunkRunner) -> TokenStats:
@@ -168,26 +152,43 @@ def forward_stats(runner: ChunkRunner, start: int, stop: int) -> TokenStats:
     return cat_stats(parts, runner)
 
 
-def one_pass(
-    runner: ChunkRunner, sink: GradSink, adjoints_of: Callable[[int, int, TokenStats], Adjoints]
-) -> TokenStats:
-    """Statistics of all live rows, with gradients formed chunk by chunk for those that can have one.
+class OnePassLoss(Protocol):
+    """A token-local loss as the one-pass loop sees it."""
 
-    ``adjoints_of(start, stop, stats)`` is the loss: it sees the statistics of live rows ``start:stop`` and returns one
-    adjoint per statistic it used. It is shown rows past ``num_grad`` as well; what it returns for them is dropped.
-    """
+    twin: LossTwin | None
+    """The loss as a kernel knows it, over all live rows, where it has one."""
+
+    def adjoints_of(self, start: int, stop: int, stats: TokenStats) -> Adjoints:
+        """Take the loss of live rows ``start:stop`` and return one adjoint per statistic it used."""
+        ...
+
+    def take(self, start: int, stop: int, stats: TokenStats, losses: Tensor | None) -> None:
+        """Take losses of live rows that a kernel computed, or (``None``) that need no gradient."""
+        ...
+
+
+def one_pass(runner: ChunkRunner, sink: GradSink, loss: OnePassLoss) -> TokenStats:
+    """Statistics of all live rows, with gradients formed chunk by chunk for those that can have one."""
     call, parts = runner.call, []
+    operand = call.operand_dtype
     for a, b in call.plan.chunks(0, call.rows.num_grad):
-        chunk = runner.forward(a, b, runner.work_buffer(b - a), for_backward=True)
-        stats = masked_stats(call, chunk)
-        adjoints = adjoints_of(a, b, stats)
+        places = row_places(call.rows, a, b)
+        hidden = runner.operand(places)
+        rows = runner.project(hidden, places, runner.work_buffer(b - a))
+        done = call.backend.loss_rows(rows, call.options, loss.twin.rows(a, b), operand) if loss.twin else None
+        if done is not None:
+            stats, losses, dlogits = done
+            loss.take(a, b, stats, losses)
+        else:
+            state = call.backend.forward(rows, call.options, for_backward=True)
+            stats = mask_ignored(state.stats, rows.labels, call.options.ignore_index)
+            dlogits = call.backend.backward(state, loss.adjoints_of(a, b, stats), call.options, operand)
         parts.append(stats)
-        dlogits = call.backend.backward(chunk.state, adjoints, call.options)
-        sink.add(dlogits, chunk.hidden, row_places(call.rows, a, b))
+        sink.add(dlogits, hidden, places)
     for a, b in call.plan.chunks(call.rows.num_grad, call.rows.num_live):
         chunk = runner.forward(a, b, runner.work_buffer(b - a), for_backward=False)
         parts.append(masked_stats(call, chunk))
-        adjoints_of(a, b, parts[-1])
+        loss.take(a, b, parts[-1], None)
     return cat_stats(parts, runner)
 
 
@@ -220,7 +221,7 @@ def two_pass_backward(
             places = alive + chunk.start if isinstance(places, slice) else places[alive]
         if hidden.shape[0]:
             own = {k: v[span] if alive is None else v[span][alive] for k, v in adjoints.items()}
-            sink.add(call.backend.backward(state, own, call.options), hidden, places)
+            sink.add(call.backend.backward(state, own, call.options, call.operand_dtype), hidden, places)
     done = kept[-1].stop if kept else 0
     alive = _nonzero_rows(adjoints, done, call.rows.num_grad)
     count = call.rows.num_grad - done if alive is None else alive.numel()
@@ -229,11 +230,11 @@ def two_pass_backward(
         places = row_places(call.rows, 0, call.rows.num_grad)
         places = rows if isinstance(places, slice) else places[rows]
         hidden = runner.operand(places)
-        raw = gemm.project(hidden, runner.weight, runner.bias, runner.work_buffer(b - a))
-        temperature = call.temperature[places] if isinstance(call.temperature, Tensor) else call.temperature
+        raw = runner.project(hidden, places, runner.work_buffer(b - a))
         known = stats.map(lambda x, rows=rows: x[rows])  # type: ignore[misc]
-        state = call.backend.resume(raw, call.labels[places], temperature, call.options, known)
-        sink.add(call.backend.backward(state, {k: v[rows] for k, v in adjoints.items()}, call.options), hidden, places)
+        state = call.backend.resume(raw, call.options, known)
+        own = {k: v[rows] for k, v in adjoints.items()}
+        sink.add(call.backend.backward(state, own, call.options, call.operand_dtype), hidden, places)
 
 
 def _nonzero_rows(adjoints: Adjoints, start: int, stop: int) -> Tensor | None:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from xloss.errors import GraphError
 from xloss.head import engine
-from xloss.head.engine import Adjoints, ChunkRunner, GradSink, HeadCall
+from xloss.head.backend import Adjoints, LossTwin
+from xloss.head.engine import ChunkRunner, GradSink, HeadCall
 from xloss.head.first_order import first_order
 from xloss.stats import DIFFERENTIABLE, TokenStats
 
-Loss = Callable[[int, int, TokenStats], Adjoints]
 Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -28,10 +28,10 @@ class OnePass(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             runner = ChunkRunner(call, hidden, weight, bias)
             sink = GradSink(runner, ctx.needs_input_grad[:3])
-            job.stats = engine.one_pass(runner, sink, job.adjoints_of)
+            job.stats = engine.one_pass(runner, sink, job)
         ctx.save_for_backward(*sink.finish())
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.keep, ctx.spent = call.allow_retain_graph, False
+        ctx.keep, ctx.spent, ctx.scale = call.allow_retain_graph, False, call.backend.scale
         return job.total()
 
     @staticmethod
@@ -44,7 +44,7 @@ class OnePass(torch.autograd.Function):
             )
         ctx.spent = not ctx.keep
         scaled = [
-            None if g is None else _scale(g, grad_loss, dtype, in_place=not ctx.keep)
+            None if g is None else ctx.scale(g, grad_loss, dtype, in_place=not ctx.keep)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None)
@@ -56,17 +56,15 @@ class OnePassJob:
     ``loss_of(start, stop, stats)`` returns the losses ``[C]`` of live rows ``start:stop``, differentiable in ``stats``.
     """
 
-    def __init__(self, loss_of: Callable[[int, int, TokenStats], Tensor], num_grad: int, like: Tensor) -> None:
-        self.loss_of, self.num_grad, self.like = loss_of, num_grad, like
+    def __init__(
+        self, loss_of: Callable[[int, int, TokenStats], Tensor], like: Tensor, twin: LossTwin | None = None
+    ) -> None:
+        self.loss_of, self.like, self.twin = loss_of, like, twin
         self.losses: list[Tensor] = []
         self.stats: TokenStats | None = None
 
     def adjoints_of(self, start: int, stop: int, stats: TokenStats) -> Adjoints:
         """Loss of one chunk and its derivative with respect to every statistic."""
-        if start >= self.num_grad:
-            with torch.no_grad():
-                self.losses.append(self.loss_of(start, stop, stats))
-            return {}
         leaves = {name: value.detach().requires_grad_() for name, value in stats.differentiable()}
         with torch.enable_grad():
             loss = self.loss_of(start, stop, TokenStats(**leaves, top1=stats.top1))
@@ -78,6 +76,12 @@ class OnePassJob:
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         found = {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
         return {"logprobs": zero} | found
+
+    def take(self, start: int, stop: int, stats: TokenStats, losses: Tensor | None) -> None:
+        """Losses that came without autograd; the torch formula still runs on the vectors, for the metrics."""
+        with torch.no_grad():
+            seen = self.loss_of(start, stop, stats)
+        self.losses.append(seen if losses is None else losses)
 
     def token_losses(self) -> Tensor:
         """Losses of all live rows in live order, ``[num_live]``."""
@@ -125,12 +129,3 @@ class LinearLogprobs(torch.autograd.Function):
 def _cast(grads: Triple, like: Triple) -> Triple:
     h, w, b = (None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, like, strict=True))
     return h, w, b
-
-
-def _scale(grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
-    if not upstream.is_cuda and float(upstream) == 1.0:  # on CUDA reading it would wait for the device
-        return grad.to(dtype) if in_place else grad.to(dtype, copy=True)
-    if grad.dtype in (torch.float32, torch.float64):
-        upstream = upstream.to(grad.dtype)
-        return grad.mul_(upstream).to(dtype) if in_place else (grad * upstream).to(dtype)
-    return (grad.float() * upstream).to(dtype)

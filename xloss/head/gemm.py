@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 _WIDEN_ROWS = 8192  # vocabulary rows widened at once: a 32 MiB float32 temporary at H = 1024
-_BIAS_FLOOR = -1e30  # a banned token's bias of -inf becomes this: its probability is exactly 0 and p * z stays 0
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -37,16 +36,14 @@ def _wide_blocks(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         yield start, stop, weight[start:stop].float()
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """``out [C, V] = hidden [C, H] @ weight [V, H]^T + bias [V]``."""
+def project(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """``out [C, V] = hidden [C, H] @ weight [V, H]^T``."""
     if _tensor_cores(hidden):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
         for start, stop, block in _wide_blocks(weight):
             torch.mm(wide, block.t(), out=out[:, start:stop])
-    if bias is not None:
-        out += bias.to(out.dtype).clamp(min=_BIAS_FLOOR)
     return out
 
 

@@ -80,7 +80,7 @@ def token_stats(
     inputs: HeadInputs, options: HeadOptions, run: RunOptions, rows: LiveRows, reasons: tuple[str, ...] = ()
 ) -> tuple[TokenStats, Plan]:
     """Statistics ``[T]`` of flat, checked inputs (0 at rows that are not live), and the plan that made them."""
-    mode = resolve_mode(run.mode, inputs.weight.device.type)
+    mode = resolve_mode(run.mode, inputs.weight.device.type, inputs.operand_dtype)
     if mode == "eager":
         plan = plan_call(inputs, rows, "eager", mode, run, reasons)
         stats, _ = eager.live_stats(inputs, options, rows)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.errors import MissingFieldError, OptionError
+from xloss.head.backend import LossTwin
 from xloss.head.dispatch import Mode, RunOptions
 from xloss.head.options import HeadOptions, LiveRows
 from xloss.head.outside_compile import outside_compile
@@ -201,6 +202,10 @@ class BaseLossContext(Generic[InputItem]):
         Weights (``loss_kwargs.loss_weight`` and the like) are for this function to apply.
         """
         raise NotImplementedError(f"{type(self).__name__} must define token_loss or loss_fn")
+
+    def twin(self, loss_kwargs: Any) -> LossTwin | None:
+        """``token_loss`` as a kernel knows it, for ``loss_kwargs`` of live tokens; ``None`` where no kernel does."""
+        return None
 
     def loss_fn(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: Any) -> Any:
         """The loss of these hidden states by plain autograd, with the logits materialised.

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.head.backend import LossTwin
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossConfig, BaseLossContext, TokenLoss, require
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken
@@ -87,6 +88,11 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
 
     def stats_needed(self) -> StatSpec:
         return StatSpec(mean_logit=self.loss_cfg.label_smoothing > 0)
+
+    def twin(self, loss_kwargs: Any) -> LossTwin:
+        cfg, weight = self.loss_cfg, loss_kwargs.loss_weight
+        numbers: dict[str, float | None] = {"label_smoothing": cfg.label_smoothing, "z_loss_coef": cfg.z_loss_coef}
+        return LossTwin("ce", numbers, vectors={"weight": weight, "aux_weight": weight})
 
     def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> TokenLoss:
         cfg, nll = self.loss_cfg, -stats.logprobs

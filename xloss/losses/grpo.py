@@ -10,12 +10,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.head.backend import LossTwin
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossConfig, BaseLossContext, TokenLoss, require
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.policy_cfg import AnyPolicyLossConfig
 from xloss.metrics import Metric
-from xloss.policy.kl import KLType, kl_penalty
+from xloss.policy.kl import KL_ESTIMATOR, KLType, kl_penalty
 from xloss.stats import StatSpec, TokenStats
 
 _METRIC_LIMIT = 20.0  # of |log r| in metrics, as XTuner and verl
@@ -149,6 +150,21 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             if other is not None:
                 zero = zero & (other == 0)
         return zero
+
+    def twin(self, loss_kwargs: Any) -> LossTwin:
+        cfg, kw = self.loss_cfg, loss_kwargs
+        loss, numbers = cfg.policy_loss_cfg.twin()
+        vectors = {
+            "weight": kw.policy_loss_weight,
+            "advantages": kw.advantages,
+            "old_logprobs": kw.old_logprobs,
+            "ref_logprobs": kw.ref_logprobs if cfg.use_kl_loss else None,
+            "kl_weight": kw.kl_loss_weight,
+            "aux_weight": kw.entropy_loss_weight,  # holds the coefficient
+        }
+        numbers["entropy_coef"] = 1.0 if cfg.entropy_coef else 0.0
+        kl = KL_ESTIMATOR[cfg.kl_loss_type] if cfg.use_kl_loss and cfg.kl_loss_type else None
+        return LossTwin(loss, numbers, kl, vectors)
 
     def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> TokenLoss:
         cfg, kw, logprobs = self.loss_cfg, loss_kwargs, stats.logprobs

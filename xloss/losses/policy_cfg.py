@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from xloss.errors import unknown_name
+from xloss.head.backend import TwinName
 from xloss.losses.model import StrictModel
 from xloss.policy import surrogate
 
@@ -28,6 +30,10 @@ class PolicyLossConfig(StrictModel):
         """Lowest and highest ratio that is not clipped, or ``None`` where nothing clips."""
         return None
 
+    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+        """Name and numbers of the kernel that knows this formula."""
+        raise NotImplementedError
+
 
 class VanillaConfig(PolicyLossConfig):
     """PPO / GRPO clip, with XTuner's dual clip and log-ratio clamp. ``clip_ratio_c=None`` is plain PPO."""
@@ -44,6 +50,16 @@ class VanillaConfig(PolicyLossConfig):
 
     def ratio_bounds(self) -> tuple[float, float]:
         return 1 - self.cliprange_low, 1 + self.cliprange_high
+
+    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+        low, high = self.ratio_bounds()
+        return "ppo", {
+            "ratio_min": low,
+            "ratio_max": high,
+            "dual_clip": self.clip_ratio_c,
+            "log_ratio_min": -math.inf if self.log_prob_diff_min is None else self.log_prob_diff_min,
+            "log_ratio_max": math.inf if self.log_prob_diff_max is None else self.log_prob_diff_max,
+        }
 
 
 class CISPOConfig(PolicyLossConfig):
@@ -67,6 +83,9 @@ class CISPOConfig(PolicyLossConfig):
     def ratio_bounds(self) -> tuple[float, float]:
         return self.clip_low_threshold, self.clip_high_threshold
 
+    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+        return "cispo", {"ratio_min": self.clip_low_threshold, "ratio_max": self.clip_high_threshold}
+
 
 class ImportanceSamplingConfig(PolicyLossConfig):
     """Unclipped importance-weighted policy gradient."""
@@ -75,6 +94,9 @@ class ImportanceSamplingConfig(PolicyLossConfig):
 
     def per_token(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
         return surrogate.importance_sampling(logprobs, old_logprobs, advantages)
+
+    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+        return "importance_sampling", {}
 
 
 class DROConfig(PolicyLossConfig):
@@ -87,6 +109,9 @@ class DROConfig(PolicyLossConfig):
     def per_token(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
         return surrogate.dro(logprobs, old_logprobs, advantages, beta=self.beta)
 
+    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+        return "dro", {"beta": self.beta}
+
 
 class ReinforceConfig(PolicyLossConfig):
     """Plain policy gradient; the old policy does not enter."""
@@ -95,6 +120,9 @@ class ReinforceConfig(PolicyLossConfig):
 
     def per_token(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
         return surrogate.reinforce(logprobs, advantages)
+
+    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+        return "reinforce", {}
 
 
 _BY_TYPE: dict[str, type[PolicyLossConfig]] = {

@@ -36,7 +36,6 @@ class _Run:
         self.ctx = ctx
         self.options: HeadOptions = cfg.head_options(ctx.stats_needed() | StatSpec(entropy=cfg.return_entropy))
         self.run_options: RunOptions = cfg.run_options()
-        self.mode = resolve_mode(mode or cfg.mode, weight.device.type)
         temperature = cfg.temperature if kwargs.temperature is None else kwargs.temperature
         if kwargs.temperature is not None and cfg.temperature != 1.0:
             raise OptionError(
@@ -45,6 +44,7 @@ class _Run:
         self.inputs: HeadInputs = gather_inputs(
             hidden, weight, bias, kwargs.shifted_labels, temperature, self.options, self.run_options, "shifted_labels"
         )
+        self.mode = resolve_mode(mode or cfg.mode, weight.device.type, self.inputs.operand_dtype)
         # a chunk of the kwargs (loss_fn called by hand) has rows of its own
         self.rows: LiveRows = ctx.live_rows() if kwargs is ctx.loss_kwargs else type(ctx)(cfg, kwargs).live_rows()
         self.kwargs = kwargs.flat(gemm.accumulate_dtype(self.inputs.operand_dtype))
@@ -163,7 +163,7 @@ def _one_pass(run: _Run, plan: Plan) -> tuple[Tensor, LossInfo]:
 
     call = head_call(run.inputs, run.options, run.rows, plan, run.run_options)
     empty = torch.empty(0, dtype=gemm.accumulate_dtype(run.inputs.operand_dtype), device=run.inputs.hidden.device)
-    job = OnePassJob(loss_of, run.rows.num_grad, empty)
+    job = OnePassJob(loss_of, empty, run.ctx.twin(live_kwargs))
     loss = OnePass.apply(run.inputs.hidden, run.inputs.weight, run.inputs.bias, call, job)
     assert job.stats is not None
     if not job.losses:  # nothing is live: the metrics still have their names, on every rank

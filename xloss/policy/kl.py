@@ -5,13 +5,22 @@ Estimators after J. Schulman, *Approximating KL divergence* (2020); names of the
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 KLType = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
-KL_TYPES: tuple[str, ...] = get_args(KLType)
+KLEstimator = Literal["k1", "abs", "k2", "k3"]
+KL_ESTIMATOR: dict[KLType, KLEstimator] = {
+    "kl": "k1",
+    "k1": "k1",
+    "abs": "abs",
+    "mse": "k2",
+    "k2": "k2",
+    "low_var_kl": "k3",
+    "k3": "k3",
+}
 _K3_INPUT_LIMIT, _K3_OUTPUT_LIMIT = 20.0, 10.0  # XTuner and verl; the gradient is 0 beyond either limit
 
 
@@ -21,13 +30,14 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kl_type: KLType) -> Tenso
     ``kl``, ``k1``: ``x``; ``abs``: ``|x|``; ``mse``, ``k2``: ``x^2 / 2``; ``low_var_kl``, ``k3``:
     ``exp(-x) + x - 1`` with ``-x`` clamped to +-20 and the value to +-10. Raises ``ValueError`` for another name.
     """
-    if kl_type in ("kl", "k1"):
-        return logprobs - ref_logprobs
-    if kl_type == "abs":
-        return (logprobs - ref_logprobs).abs()
-    if kl_type in ("mse", "k2"):
-        return 0.5 * (logprobs - ref_logprobs).square()
-    if kl_type in ("low_var_kl", "k3"):
-        diff = torch.clamp(ref_logprobs - logprobs, -_K3_INPUT_LIMIT, _K3_INPUT_LIMIT)
-        return torch.clamp(torch.expm1(diff) - diff, -_K3_OUTPUT_LIMIT, _K3_OUTPUT_LIMIT)
-    raise ValueError(f"kl_type must be one of {KL_TYPES}; got {kl_type!r}")
+    if kl_type not in KL_ESTIMATOR:
+        raise ValueError(f"kl_type must be one of {tuple(KL_ESTIMATOR)}; got {kl_type!r}")
+    estimator, x = KL_ESTIMATOR[kl_type], logprobs - ref_logprobs
+    if estimator == "k1":
+        return x
+    if estimator == "abs":
+        return x.abs()
+    if estimator == "k2":
+        return 0.5 * x.square()
+    diff = torch.clamp(-x, -_K3_INPUT_LIMIT, _K3_INPUT_LIMIT)
+    return torch.clamp(torch.expm1(diff) - diff, -_K3_OUTPUT_LIMIT, _K3_OUTPUT_LIMIT)

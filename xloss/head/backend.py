@@ -1,0 +1,95 @@
+"""The contract between the chunk loops and whatever does the row work on a chunk of logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from xloss.head.options import HeadOptions
+from xloss.stats import TokenStats
+
+Adjoints = dict[str, Tensor]
+
+
+TwinName = Literal["ce", "reinforce", "importance_sampling", "ppo", "cispo", "dro"]
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """A chunk as the GEMM left it: raw logits ``[C, V]``, bias ``[V]`` not yet added; labels ``[C]`` or ``[C, K]``."""
+
+    logits: Tensor
+    labels: Tensor
+    temperature: float | Tensor
+    bias: Tensor | None
+
+    def select(self, index: Tensor, logits: Tensor) -> RawRows:
+        """Rows ``index`` of everything but the logits, which are given."""
+        t = self.temperature
+        temperature = t.index_select(0, index) if isinstance(t, Tensor) else t
+        return replace(self, logits=logits, labels=self.labels[index], temperature=temperature)
+
+
+@dataclass(frozen=True)
+class RowState:
+    """A chunk between forward and backward. What its logits buffer holds now is the backend's business."""
+
+    rows: RawRows
+    stats: TokenStats
+    holds_probs: bool = False
+
+    def keep_rows_(self, index: Tensor) -> RowState:
+        """Move rows ``index`` (ascending) to the front of the buffer, in place, and forget the others."""
+        buffer = self.rows.logits
+        step = max(1, (4 << 20) // max(1, buffer.shape[1] * buffer.element_size()))
+        for start in range(0, index.numel(), step):
+            part = index[start : start + step]
+            buffer[start : start + part.numel()] = buffer.index_select(0, part)
+        stats = self.stats.map(lambda x: x.index_select(0, index))
+        return RowState(self.rows.select(index, buffer[: index.numel()]), stats, self.holds_probs)
+
+
+@dataclass(frozen=True)
+class LossTwin:
+    """A token-local loss as a kernel knows it: its name, its numbers, and one value per token of each vector it reads.
+
+    ``weight`` multiplies the main term, ``kl_weight`` the KL penalty, ``aux_weight`` the entropy bonus and the z-loss.
+    """
+
+    loss: TwinName
+    numbers: dict[str, float | None] = field(default_factory=dict)
+    kl: Literal["k1", "abs", "k2", "k3"] | None = None
+    vectors: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def rows(self, start: int, stop: int) -> LossTwin:
+        """The twin for tokens ``start:stop``."""
+        return replace(self, vectors={k: None if v is None else v[start:stop] for k, v in self.vectors.items()})
+
+
+class RowBackend(Protocol):
+    """Row work on one chunk of logits. ``xloss.head.chunk`` (torch) and ``xloss.head.fused`` (Triton) are the two."""
+
+    def forward(self, rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowState:
+        """Statistics of the chunk (of some label where the label is ignored: the caller masks those)."""
+        ...
+
+    def resume(self, rows: RawRows, options: HeadOptions, stats: TokenStats) -> RowState:
+        """State of a chunk whose logits were computed again and whose statistics are known."""
+        ...
+
+    def backward(self, state: RowState, adjoints: Adjoints, options: HeadOptions, operand: torch.dtype) -> Tensor:
+        """Gradient of the raw logits ``[C, V]`` in the state's buffer; in dtype ``operand`` if that saves a pass."""
+        ...
+
+    def loss_rows(
+        self, rows: RawRows, options: HeadOptions, twin: LossTwin, operand: torch.dtype
+    ) -> tuple[TokenStats, Tensor, Tensor] | None:
+        """Statistics, loss of each row ``[C]`` and gradient of the raw logits at once; ``None``: no such kernel."""
+        ...
+
+    def scale(self, grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+        """``grad * upstream`` in ``dtype``, without a host sync; may overwrite ``grad`` if ``in_place``."""
+        ...
