@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from xloss.policy import surrogate
+from xloss.policy.kl import kl_penalty
 from xloss_kernels.policy_rows import PolicySpec
 from xloss_kernels.transform import Transform
 
@@ -62,37 +64,30 @@ def gradient(raw, labels, transform, adjoints: dict[str, torch.Tensor], dtype=to
 
 
 def policy_term(lp, spec: PolicySpec, advantages, old):
-    """The built-in losses per token, from their papers, by autograd."""
+    """The torch formula that the kernel's is the twin of, from ``xloss.policy``."""
     if spec.loss == "ce":
         return -lp
-    ratio_log = lp - (lp.detach() if old is None else old)
+    old = lp.detach() if old is None else old
     if spec.loss == "reinforce":
-        return -advantages * lp
+        return surrogate.reinforce(lp, advantages)
     if spec.loss == "importance_sampling":
-        return -ratio_log.exp() * advantages
+        return surrogate.importance_sampling(lp, old, advantages)
     if spec.loss == "dro":
-        return -(advantages * lp - 0.5 * spec.beta * ratio_log**2)
+        return surrogate.dro(lp, old, advantages, beta=spec.beta)
     if spec.loss == "cispo":
-        return -ratio_log.exp().clamp(spec.ratio_min, spec.ratio_max).detach() * advantages * lp
+        low, high = spec.ratio_min, spec.ratio_max
+        return surrogate.cispo(lp, old, advantages, clip_low_threshold=low, clip_high_threshold=high)
     assert spec.loss == "ppo"
-    ratio = ratio_log.clamp(spec.log_ratio_min, spec.log_ratio_max).exp()
-    value = torch.maximum(-ratio * advantages, -ratio.clamp(spec.ratio_min, spec.ratio_max) * advantages)
-    if spec.dual_clip is not None:
-        value = torch.where(advantages < 0, torch.minimum(-spec.dual_clip * advantages, value), value)
-    return value
-
-
-def kl_term(lp, ref, kind: str):
-    x = lp - ref
-    if kind == "k1":
-        return x
-    if kind == "abs":
-        return x.abs()
-    if kind == "k2":
-        return 0.5 * x**2
-    assert kind == "k3"
-    c = (-x).clamp(-20.0, 20.0)
-    return (torch.expm1(c) - c).clamp(-10.0, 10.0)
+    return surrogate.ppo_clip(
+        lp,
+        old,
+        advantages,
+        cliprange_low=1 - spec.ratio_min,
+        cliprange_high=spec.ratio_max - 1,
+        clip_ratio_c=spec.dual_clip,
+        log_prob_diff_min=spec.log_ratio_min,
+        log_prob_diff_max=spec.log_ratio_max,
+    )
 
 
 def policy_loss(
@@ -109,7 +104,7 @@ def policy_loss(
         loss = (1 - spec.label_smoothing) * loss + spec.label_smoothing * (values["lse"] - values["mean_logit"])
     loss = loss * weight
     if spec.kl is not None:
-        loss = loss + kl_term(lp, given["ref_logprobs"], spec.kl) * given.get("kl_weight", one)
+        loss = loss + kl_penalty(lp, given["ref_logprobs"], spec.kl) * given.get("kl_weight", one)
     aux = given.get("aux_weight", weight)
     loss = loss + aux * (spec.z_loss_coef * values["lse"] ** 2 - spec.entropy_coef * values["entropy"])
     return torch.where(labels != ignore, loss, torch.zeros_like(loss)), values

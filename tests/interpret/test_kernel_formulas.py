@@ -1,4 +1,6 @@
-"""The loss formulas against torch.autograd over their whole parameter space, switch points and exact ties included.
+"""The loss formulas against their torch twins in ``xloss.policy`` under autograd.
+
+Over their whole parameter space, switch points and exact ties included.
 
 Everything is float32 on both sides: a tie in float64 is not one in float32. exp of numpy (the interpreter) and of
 torch may differ by one unit, so points that sit exactly on a ratio bound are built from log-ratios where the two agree.
@@ -13,8 +15,9 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_oracle import kl_term, policy_term
 
+from tests.interpret.kernel_oracle import policy_term
+from xloss.policy.kl import kl_penalty
 from xloss_kernels import formulas
 from xloss_kernels import policy_rows as rows
 from xloss_kernels.policy_rows import PolicySpec
@@ -148,7 +151,7 @@ def check_kl(x, kind):
     ref, value, slope = torch.zeros(SIZE), torch.empty(SIZE), torch.empty(SIZE)
     kl_kernel[(1,)](lp, ref, value, slope, KIND=kind, SIZE=SIZE)
     lp.requires_grad_()
-    compare(value, slope, kl_term(lp, ref, kind), lp)
+    compare(value, slope, kl_penalty(lp, ref, kind), lp)
     return slope
 
 

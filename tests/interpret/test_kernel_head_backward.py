@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import kernel_inputs as inputs
 import pytest
 import torch
-from kernel_oracle import assert_close, gradient, stats
-from test_kernel_dlogits import NAMES, adjoints_for
-from test_kernel_head_forward import operands
 
+from tests.interpret import kernel_inputs as inputs
+from tests.interpret.kernel_oracle import assert_close, gradient, stats
+from tests.interpret.test_kernel_dlogits import NAMES, adjoints_for
+from tests.interpret.test_kernel_head_forward import operands
 from xloss_kernels.head_backward import head_backward, head_dlogits
 from xloss_kernels.row_stats import row_stats
 from xloss_kernels.transform import Transform

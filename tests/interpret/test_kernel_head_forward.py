@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import kernel_inputs as inputs
 import pytest
 import torch
-from kernel_oracle import assert_close, stats
 
+from tests.interpret import kernel_inputs as inputs
+from tests.interpret.kernel_oracle import assert_close, stats
 from xloss_kernels.finalize import finalize, merge_partials
 from xloss_kernels.head_forward import head_forward
 from xloss_kernels.transform import Transform

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import kernel_inputs as inputs
 import pytest
 import torch
-from kernel_oracle import assert_close, policy_loss
 
+from tests.interpret import kernel_inputs as inputs
+from tests.interpret.kernel_oracle import assert_close, policy_loss
 from xloss_kernels.policy_rows import PolicySpec, policy_rows
 from xloss_kernels.row_stats import row_stats
 from xloss_kernels.transform import Transform

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import kernel_inputs as inputs
 import numpy as np
 import pytest
 import torch
-from kernel_oracle import assert_close, gradient, stats
 
+from tests.interpret import kernel_inputs as inputs
+from tests.interpret.kernel_oracle import assert_close, gradient, stats
 from xloss_kernels.dlogits import dlogits
 from xloss_kernels.row_stats import row_stats
 from xloss_kernels.tiles import RowTile
