@@ -56,7 +56,10 @@ def fused_missing(device_type: str = "cuda", dtype: torch.dtype = torch.bfloat16
 @cache
 def has_triton() -> bool:
     """Whether the ``triton`` package is importable, without importing it."""
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
 
 
 def resolve_mode(mode: Mode, device_type: str, dtype: torch.dtype) -> Literal["eager", "chunk", "fused"]:

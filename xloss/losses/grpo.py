@@ -14,7 +14,7 @@ from xloss.head.backend import LossTwin
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossConfig, BaseLossContext, TokenLoss, require
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
-from xloss.losses.policy_cfg import AnyPolicyLossConfig
+from xloss.losses.policy_cfg import AnyPolicyLossConfig, PolicyLossConfig
 from xloss.metrics import Metric
 from xloss.policy.kl import KL_ESTIMATOR, KLType, kl_penalty
 from xloss.stats import StatSpec, TokenStats
@@ -151,9 +151,13 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
                 zero = zero & (other == 0)
         return zero
 
-    def twin(self, loss_kwargs: Any) -> LossTwin:
+    def twin(self, loss_kwargs: Any) -> LossTwin | None:
         cfg, kw = self.loss_cfg, loss_kwargs
-        loss, numbers = cfg.policy_loss_cfg.twin()
+        policy: PolicyLossConfig = cfg.policy_loss_cfg
+        known = policy.twin()
+        if known is None:
+            return None
+        loss, numbers = known
         vectors = {
             "weight": kw.policy_loss_weight,
             "advantages": kw.advantages,

@@ -13,6 +13,8 @@ from xloss.head.backend import TwinName
 from xloss.losses.model import StrictModel
 from xloss.policy import surrogate
 
+Twin = tuple[TwinName, dict[str, float | None]]
+
 
 class PolicyLossConfig(StrictModel):
     """Parameters of one policy loss; ``per_token`` is its formula from ``xloss.policy``."""
@@ -30,9 +32,9 @@ class PolicyLossConfig(StrictModel):
         """Lowest and highest ratio that is not clipped, or ``None`` where nothing clips."""
         return None
 
-    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
-        """Name and numbers of the kernel that knows this formula."""
-        raise NotImplementedError
+    def twin(self) -> Twin | None:
+        """Name and numbers of the kernel that knows this formula, or ``None``."""
+        return None
 
 
 class VanillaConfig(PolicyLossConfig):
@@ -51,7 +53,7 @@ class VanillaConfig(PolicyLossConfig):
     def ratio_bounds(self) -> tuple[float, float]:
         return 1 - self.cliprange_low, 1 + self.cliprange_high
 
-    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+    def twin(self) -> Twin:
         low, high = self.ratio_bounds()
         return "ppo", {
             "ratio_min": low,
@@ -83,7 +85,7 @@ class CISPOConfig(PolicyLossConfig):
     def ratio_bounds(self) -> tuple[float, float]:
         return self.clip_low_threshold, self.clip_high_threshold
 
-    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+    def twin(self) -> Twin:
         return "cispo", {"ratio_min": self.clip_low_threshold, "ratio_max": self.clip_high_threshold}
 
 
@@ -95,7 +97,7 @@ class ImportanceSamplingConfig(PolicyLossConfig):
     def per_token(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
         return surrogate.importance_sampling(logprobs, old_logprobs, advantages)
 
-    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+    def twin(self) -> Twin:
         return "importance_sampling", {}
 
 
@@ -109,7 +111,7 @@ class DROConfig(PolicyLossConfig):
     def per_token(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
         return surrogate.dro(logprobs, old_logprobs, advantages, beta=self.beta)
 
-    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+    def twin(self) -> Twin:
         return "dro", {"beta": self.beta}
 
 
@@ -121,7 +123,7 @@ class ReinforceConfig(PolicyLossConfig):
     def per_token(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
         return surrogate.reinforce(logprobs, advantages)
 
-    def twin(self) -> tuple[TwinName, dict[str, float | None]]:
+    def twin(self) -> Twin:
         return "reinforce", {}
 
 
