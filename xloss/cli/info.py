@@ -67,7 +67,7 @@ def environment() -> dict[str, Any]:
 def busy_machine() -> list[str]:
     """A sentence if others keep this machine's processors busy: times measured on it say little."""
     load, processors = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
-    if load < 0.5 * processors:
+    if load < 0.8 * processors:  # the one-minute load still holds an install that just ended
         return []
     return [
         f"this machine is busy (load {load:.1f} on {processors} processors): the times below are not to be trusted."
