@@ -141,6 +141,25 @@ def test_forward_only_takes_no_gradient_kernel(monkeypatch: pytest.MonkeyPatch) 
     assert (ours.logprobs.double() - gold.logprobs).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16"])
+def test_banned_tokens(dtype: torch.dtype) -> None:
+    """A bias of -inf gives probability 0: entropy and gradients stay finite and right."""
+    g = torch.Generator().manual_seed(11)
+    hidden, weight = (torch.randn(n, H, generator=g).to(dtype) for n in (T, V))
+    bias = torch.zeros(V, dtype=dtype)
+    bias[3:40:5] = -torch.inf
+    labels = torch.randint(50, V, (T,), generator=g)
+    found = []
+    for mode, work in (("eager", torch.float64), ("fused", dtype)):
+        leaves = [x.to(work).requires_grad_() for x in (hidden, weight)]
+        stats = linear_logprobs(*leaves, labels, bias.to(work), mode=mode, return_entropy=True)
+        assert stats.entropy is not None
+        total = (stats.logprobs * 0.3 + stats.entropy).sum()
+        found.append([stats.entropy.detach(), *torch.autograd.grad(total, leaves)])
+    for ours, gold in zip(found[1], found[0], strict=True):
+        assert (ours.double() - gold).abs().max() <= TOLERANCE[dtype] * gold.abs().max()
+
+
 def test_float64_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="float64"):
         linear_logprobs(torch.randn(2, 3).double(), torch.randn(5, 3).double(), torch.tensor([0, 4]), mode="fused")
