@@ -33,6 +33,7 @@ def attach_cu_seq_lens(
     moved = [b.to(k.shifted_labels.device) for b, k in zip(cu_seq_lens_list, kwargs_list, strict=True)]
     for kwargs, bounds in zip(kwargs_list, moved, strict=True):
         kwargs.replaced({"cu_seq_lens": bounds}).check()
+        check_cu_seq_lens(bounds, kwargs.shifted_labels.numel())  # on CUDA too: building a batch may wait
     for kwargs, bounds in zip(kwargs_list, moved, strict=True):
         kwargs.cu_seq_lens = bounds
 
