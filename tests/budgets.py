@@ -65,3 +65,7 @@ def assert_three_way(name: str, ours: Tensor, base: Tensor, gold: Tensor, workin
     mine, theirs = error(ours, gold), error(base, gold)
     floor = eps(working or ours.dtype) * norm(gold)
     assert mine <= THREE_WAY_FACTOR * theirs + floor, f"{name}: error {mine:.3g}, eager {theirs:.3g}, floor {floor:.3g}"
+
+
+FUSED_RELATIVE = {torch.float32: 3e-6, torch.float16: 2e-3}
+"""The interpreted fused mode against float64, max |error| / max |value|: float32 sums; float16 inputs, gradients."""

@@ -12,8 +12,6 @@ from xloss.head.options import HeadOptions
 from xloss.stats import TokenStats
 
 Adjoints = dict[str, Tensor]
-BIAS_FLOOR = -1e30
-"""What a banned token's bias of -inf becomes: its probability is exactly 0, and p * z stays 0 instead of NaN."""
 
 
 TwinName = Literal["ce", "reinforce", "importance_sampling", "ppo", "cispo", "dro"]

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xloss.head.backend import BIAS_FLOOR, Adjoints, LossTwin, RawRows, RowState
+from xloss.head.backend import Adjoints, LossTwin, RawRows, RowState
 from xloss.head.options import HeadOptions
 from xloss.stats import TokenStats
 
+_BIAS_FLOOR = -1e30  # a banned token's bias of -inf becomes this: its probability is exactly 0 and p * z stays 0
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
@@ -157,7 +158,7 @@ def _softcap_slope(z: Tensor, temperature: float | Tensor, rows: slice, options:
 def _transform_(rows: RawRows, options: HeadOptions) -> None:
     raw, t = rows.logits, _column(rows.temperature)
     if rows.bias is not None:
-        raw += rows.bias.to(raw.dtype).clamp(min=BIAS_FLOOR)
+        raw += rows.bias.to(raw.dtype).clamp(min=_BIAS_FLOOR)
     if options.softcap is None:
         factor = options.logit_scale / t
         if isinstance(factor, Tensor) or factor != 1.0:

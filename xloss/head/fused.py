@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xloss.head.backend import BIAS_FLOOR, Adjoints, LossTwin, RawRows, RowState
+from xloss.head.backend import Adjoints, LossTwin, RawRows, RowState
 from xloss.head.options import HeadOptions
 from xloss.stats import StatSpec, TokenStats
 from xloss_kernels.dlogits import dlogits
@@ -95,7 +95,7 @@ def scale(grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool)
 
 
 def _transform(rows: RawRows, options: HeadOptions) -> Transform:
-    bias = None if rows.bias is None else rows.bias.float().clamp(min=BIAS_FLOOR).contiguous()
+    bias = None if rows.bias is None else rows.bias.contiguous()
     return Transform(options.logit_scale, options.softcap, rows.temperature, bias)
 
 
