@@ -8,6 +8,7 @@ wrong, or not numbers, fail the verdict; without matplotlib all but the plots is
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -94,11 +95,14 @@ def test_float64_reference_is_autograd() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's high-water mark")
 def test_peak_is_what_was_allocated() -> None:
+    # Linux counts resident pages per core and adds them up in batches: megabytes off on a machine of many cores, so
+    # the allocation is far above that; and garbage freed meanwhile would count against it.
+    gc.collect()
     peak = start_peak("cpu")
-    torch.ones(64 * MIB // 4)
+    torch.ones(768 * MIB // 4)
     after = peak()
     assert after is not None
-    assert 63 * MIB < after < 80 * MIB
+    assert 700 * MIB < after < 840 * MIB
 
 
 @pytest.fixture
