@@ -8,6 +8,7 @@ from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext, GRPOLossKwargs, R
 from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
+from xloss.losses.policies import PolicyLossConfig, register_policy_loss
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
 from xloss.stats import StatSpec, TokenStats
 
@@ -32,6 +33,7 @@ __all__ = [
     "Metric",
     "PerBatch",
     "PerToken",
+    "PolicyLossConfig",
     "RLLossContextInputItem",
     "StatSpec",
     "TokenStats",
@@ -40,4 +42,5 @@ __all__ = [
     "finalize_metrics",
     "linear_logprobs",
     "merge_metrics",
+    "register_policy_loss",
 ]

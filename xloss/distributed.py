@@ -21,14 +21,25 @@ def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     return value
 
 
-def sp_split(tensor: Tensor, sp_mesh: DeviceMesh, pad: float) -> Tensor:
-    """This rank's contiguous part of ``tensor [.., T]`` along its last axis, padded with ``pad`` to equal parts."""
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """Largest ``value`` of all ranks. Waits for the device: call it where batches are built."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
+def sp_split(tensor: Tensor, sp_mesh: DeviceMesh, pad: float, axis: int = -1) -> Tensor:
+    """This rank's contiguous part of ``tensor`` along ``axis``, padded with ``pad`` to equal parts."""
     size, rank = sp_mesh.size(), sp_mesh.get_local_rank()
-    part = -(-tensor.shape[-1] // size)
-    missing = part * size - tensor.shape[-1]
+    part = -(-tensor.shape[axis] // size)
+    missing = part * size - tensor.shape[axis]
     if missing:
-        tensor = torch.cat([tensor, tensor.new_full((*tensor.shape[:-1], missing), pad)], dim=-1)
-    return tensor[..., rank * part : (rank + 1) * part].contiguous()
+        shape = list(tensor.shape)
+        shape[axis] = missing
+        tensor = torch.cat([tensor, tensor.new_full(shape, pad)], dim=axis)
+    return tensor.narrow(axis, rank * part, part).contiguous()
 
 
 def sp_gather(tensor: Tensor, sp_mesh: DeviceMesh) -> Tensor:

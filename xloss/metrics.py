@@ -31,25 +31,24 @@ class Metric:
     reducer: Reducer = "sum"
 
     @classmethod
-    def total(cls, x: Tensor) -> Metric:
-        """Sum of ``x`` over its tokens."""
-        return cls(x.detach().sum(), None, "sum")
+    def total(cls, x: Tensor, valid: Tensor | None = None) -> Metric:
+        """Sum of ``x`` over its tokens, or over those of the mask ``valid``."""
+        return cls(_kept(x, valid, 0).sum(), None, "sum")
 
     @classmethod
-    def count_of(cls, x: Tensor) -> Metric:
-        """Number of tokens in ``x``."""
-        return cls(torch.full((), x.numel(), dtype=x.dtype, device=x.device), None, "sum")
+    def count_of(cls, x: Tensor, valid: Tensor | None = None) -> Metric:
+        """Number of tokens in ``x``, or in the mask ``valid``."""
+        return cls(_count(x, valid), None, "sum")
 
     @classmethod
-    def mean(cls, x: Tensor) -> Metric:
-        """Mean of ``x`` over all tokens of all parts."""
-        x = x.detach()
-        return cls(x.sum(), torch.full((), x.numel(), dtype=x.dtype, device=x.device), "mean")
+    def mean(cls, x: Tensor, valid: Tensor | None = None) -> Metric:
+        """Mean of ``x`` over all tokens (of the mask ``valid``) of all parts."""
+        return cls(_kept(x, valid, 0).sum(), _count(x, valid), "mean")
 
     @classmethod
-    def extreme(cls, x: Tensor, reducer: Literal["max", "min"]) -> Metric:
+    def extreme(cls, x: Tensor, reducer: Literal["max", "min"], valid: Tensor | None = None) -> Metric:
         """Largest or smallest of ``x``, defined for an empty ``x`` too."""
-        x = x.detach().reshape(-1)
+        x = _kept(x, valid, _EMPTY[reducer]).reshape(-1)
         x = torch.cat([x, x.new_full((1,), _EMPTY[reducer])])
         return cls(x.amax() if reducer == "max" else x.amin(), None, reducer)
 
@@ -71,6 +70,16 @@ class Metric:
         if self.reducer in _EMPTY:
             return torch.where(torch.isinf(self.value), torch.zeros_like(self.value), self.value)
         return self.value
+
+
+def _kept(x: Tensor, valid: Tensor | None, fill: float) -> Tensor:
+    return x.detach() if valid is None else x.detach().masked_fill(~valid, fill)
+
+
+def _count(x: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return torch.full((), x.numel(), dtype=x.dtype, device=x.device)
+    return valid.sum().to(x.dtype)
 
 
 def merge_metrics(parts: Iterable[dict[str, Metric]]) -> dict[str, Metric]:

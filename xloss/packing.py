@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -47,3 +48,39 @@ def rows_as_segments(shape: torch.Size, device: torch.device) -> Tensor:
     """``cu_seq_lens`` of an unpacked batch: every row of ``[B, S]`` is a sequence; ``[T]`` is one."""
     rows, length = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
     return torch.arange(rows + 1, device=device) * length
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The sequences of a batch as a loss that couples tokens needs them. Sums run over valid tokens only.
+
+    Args:
+        ids: ``[T]`` int64, number of each token's sequence.
+        count: how many sequences there are, empty ones included.
+        valid: ``[T]`` bool, tokens that belong to the loss. Whatever stands elsewhere, NaN too, changes nothing.
+    """
+
+    ids: Tensor
+    count: int
+    valid: Tensor
+
+    @classmethod
+    def of(cls, cu_seq_lens: Tensor, valid: Tensor) -> Segments:
+        """From the bounds ``[N + 1]`` of packed sequences and a mask ``[T]``."""
+        return cls(segment_ids(cu_seq_lens, valid.numel()), cu_seq_lens.numel() - 1, valid)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the valid tokens of each sequence, ``[T]`` to ``[count]``; differentiable."""
+        return values.new_zeros(self.count).index_add(0, self.ids, values.masked_fill(~self.valid, 0))
+
+    def lengths(self, like: Tensor) -> Tensor:
+        """Valid tokens of each sequence, ``[count]``, in the dtype of ``like``."""
+        return self.sum(self.valid.to(like.dtype))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the valid tokens of each sequence, ``[count]``; 0 where there is none."""
+        return self.sum(values) / self.lengths(values).clamp(min=1)
+
+    def spread(self, per_sequence: Tensor) -> Tensor:
+        """Value of its sequence for each token, ``[count]`` to ``[T]``; differentiable."""
+        return per_sequence[self.ids]

@@ -76,13 +76,18 @@ def check_label_range(labels: Tensor, vocab_size: int, ignore_index: int, name: 
         )
 
 
-def check_per_token(name: str, tensor: Tensor, like: Tensor, *, floating: bool = True) -> None:
-    """``tensor`` has the shape and device of ``like`` (the labels)."""
+def check_per_token(name: str, tensor: Tensor, like: Tensor, *, floating: bool = True, trailing: bool = False) -> None:
+    """``tensor`` has the shape and device of ``like`` (the labels); ``trailing``: and one more axis, not empty."""
     if not isinstance(tensor, Tensor):
         raise DtypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if floating and not tensor.dtype.is_floating_point:
         raise DtypeError(f"{name} must be floating point; got {tensor.dtype}")
-    if tensor.shape != like.shape:
+    if trailing and (tensor.ndim != like.ndim + 1 or tensor.shape[:-1] != like.shape or tensor.shape[-1] < 1):
+        raise ShapeError(
+            f"{name} must have the shape of shifted_labels and an axis K, {(*like.shape, 'K')}; "
+            f"got {tuple(tensor.shape)}"
+        )
+    if not trailing and tensor.shape != like.shape:
         raise ShapeError(
             f"{name} must have the shape of shifted_labels, {tuple(like.shape)}; got {tuple(tensor.shape)}"
         )

@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 import xloss
 from tests.docs.test_readme_and_docs import PAGES, ROOT
-from xloss.losses import policy_cfg
+from xloss.losses.policies import policy_losses
+from xloss.losses.reduced import ReducedLossConfig
 
 TABLE = re.compile(r"^<!-- fields: (?P<model>\w+)(?: beyond (?P<base>\w+))? -->\n+(?P<rows>(?:\|.*\n?)+)", re.MULTILINE)
 ROW = re.compile(r"\| `(?P<name>\w+)` \| (?P<default>.+?) \| .+ \|")
@@ -25,7 +26,8 @@ TABLES = [(page, match) for page in PAGES for match in TABLE.finditer(page.read_
 
 
 def model(name: str) -> type[BaseModel]:
-    found = getattr(xloss, name, None) or getattr(policy_cfg, name)
+    others = {cls.__name__: cls for cls in (*policy_losses().values(), ReducedLossConfig)}
+    found = getattr(xloss, name, None) or others[name]
     assert issubclass(found, BaseModel)
     return found
 
@@ -68,7 +70,7 @@ def test_arguments_of_linear_logprobs() -> None:
 def test_every_model_of_a_user_has_a_table() -> None:
     """Configs of losses and of policy losses, and the items a user fills in."""
     public = {n for n in xloss.__all__ if n.endswith(("Config", "InputItem"))}
-    public |= {cls.__name__ for cls in policy_cfg.PolicyLossConfig.__subclasses__()}
+    public |= {cls.__name__ for cls in policy_losses().values()}
     without_fields = {n for n in public if not set(model(n).model_fields) - set(xloss.BaseLossConfig.model_fields)}
     tables = {m["model"] for _, m in TABLES}
     assert public - without_fields - tables - {"BaseLossContextInputItem"} == set()

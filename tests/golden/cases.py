@@ -1,32 +1,27 @@
-"""Recorded outputs of other libraries' own code, as neutral tensors: loading, mapping and comparing.
+"""Recorded XTuner and Tinker cases (CE, GRPO, log-probs) as neutral tensors; `records` loads the files.
 
-`data/` and `index.json` hold what XTuner (CE, GRPO, log-prob contexts) and the documented Tinker formulas gave on
-fixed inputs; the commits are in the index. Gradients are of the sum over the micro-batches of one optimizer step.
 Nothing here knows xloss, so the oracle can be put on trial with the same cases.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tests.golden import records
+from tests.golden.records import differ
 from tests.oracle.grpo import Batch
 
-HERE = Path(__file__).parent
-PROJECTION_SEED, PROJECTION_ROWS = 20260826, 8  # a wide-vocabulary dW is stored as P @ dW only
-
-
-@cache
-def index() -> dict[str, Any]:
-    return json.loads((HERE / "index.json").read_text())
+_XTUNER = records.entries("xtuner", "ce", "grpo", "logprob")
+_TINKER = [
+    e for e in records.entries("tinker") if e["function"].startswith("documented ") and e["config"].get("loss_fn")
+]
+ENTRIES = _XTUNER + _TINKER
 
 
 @dataclass
@@ -54,15 +49,15 @@ class Case:
 
 
 def cases(*kinds: str) -> list[Case]:
-    return [c for c in map(_load, index()["cases"]) if c.kind in kinds]
+    return [c for c in map(_load, ENTRIES) if c.kind in kinds]
 
 
 def count_by_peer() -> Counter[tuple[str, str]]:
-    return Counter((c["peer"], c["loss_name"].removeprefix("tinker_")) for c in index()["cases"])
+    return Counter((c["peer"], c["loss_name"].removeprefix("tinker_")) for c in ENTRIES)
 
 
 def _load(entry: dict[str, Any]) -> Case:
-    data = dict(np.load(HERE / "data" / entry["inputs"]))
+    data = records.arrays(entry["inputs"])
     count = int(data["n_batches"])
 
     def each(name: str) -> list[Tensor]:
@@ -82,9 +77,9 @@ def _load(entry: dict[str, Any]) -> Case:
             )
         ],
         cu_seq_lens=each("cu_seq_lens"),
-        recorded=dict(np.load(HERE / "data" / entry["file"])),
+        recorded=records.arrays(entry["file"]),
         metrics=entry["metrics"],
-        tolerance=index()["default_tolerance"] | entry.get("tolerance", {}),
+        tolerance=records.tolerance(entry),
     )
     (_as_xtuner if case.peer == "xtuner" else _as_tinker)(case, each)
     return case
@@ -142,22 +137,7 @@ def _as_tinker(case: Case, each: Any) -> None:
 def mismatch(case: Case, name: str, ours: Tensor | np.ndarray | list[float], dtype: torch.dtype) -> str | None:
     """None, or what is wrong with `ours` against what the peer recorded under `name`."""
     got = np.asarray(ours.detach().double() if isinstance(ours, Tensor) else ours, dtype=np.float64)
-    if name == "grad_weight" and name not in case.recorded:
-        name = "grad_weight_proj"
-        got = np.random.default_rng(PROJECTION_SEED).standard_normal((PROJECTION_ROWS, got.shape[0])) @ got
+    name, got = records.projected(name, got, case.recorded)
     if name not in case.recorded:  # no gradient at the peer (every token masked): ours must be exactly 0
         return f"{name}: the peer has none, ours is not 0" if np.abs(got).max(initial=0) else None
     return differ(name, got, case.recorded[name].astype(np.float64), case.tolerance_for(dtype))
-
-
-def differ(name: str, got: np.ndarray, want: np.ndarray, tolerance: dict[str, float]) -> str | None:
-    """Largest absolute error against `rtol * max|want| + atol`; a NaN, an inf or another shape never passes."""
-    if got.shape != want.shape:
-        return f"{name}: shape {got.shape}, recorded {want.shape}"
-    if not np.isfinite(got).all():
-        return f"{name}: not finite"
-    error, allowed = (
-        np.abs(got - want).max(initial=0),
-        tolerance["rtol"] * np.abs(want).max(initial=0) + tolerance["atol"],
-    )
-    return f"{name}: off by {error:.3g}, allowed {allowed:.3g}" if error > allowed else None

@@ -36,9 +36,15 @@ CONFIGS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "smoothing": (lambda: CELossConfig(label_smoothing=1.5), ("label_smoothing", "1.5")),
     "misspelt": (lambda: CELossConfig(chunk_sise=4), ("chunk_sise", "Did you mean 'chunk_size'?")),
     "grpo-reduction": (
-        lambda: GRPOLossConfig(policy_loss_cfg=VANILLA, loss_reduction="token"),
-        ("loss_reduction", "GRPOLossConfig"),
+        lambda: GRPOLossConfig(policy_loss_cfg=VANILLA, loss_reduction="mean"),
+        ("loss_reduction", "mean", "sample_sum_norm"),
     ),
+    "norm-missing": (
+        lambda: GRPOLossConfig(policy_loss_cfg=VANILLA, loss_reduction="sample_sum_norm"),
+        ("norm_length", "sample_sum_norm"),
+    ),
+    "norm-unused": (lambda: CELossConfig(norm_length=7.0), ("norm_length", "token")),
+    "empty-unused": (lambda: CELossConfig(count_empty_sequences=True), ("count_empty_sequences", "token")),
     "policy-misspelt": (
         lambda: GRPOLossConfig(policy_loss_cfg=VANILLA | {"cliprange_hihg": 0.3}),
         ("cliprange_hihg", "Did you mean 'cliprange_high'?"),

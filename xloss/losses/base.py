@@ -116,6 +116,10 @@ class BaseLossContext(Generic[InputItem]):
     token_local: ClassVar[bool] = False
     """Promise: ``token_loss`` returns ``[T]`` losses, each of which depends on its own token alone (one-pass plan)."""
 
+    def is_token_local(self) -> bool:
+        """``token_local``, for losses whose config decides."""
+        return self.token_local
+
     def __init__(self, loss_cfg: BaseLossConfig, loss_kwargs: BaseLossKwargs) -> None:
         if not isinstance(loss_cfg, BaseLossConfig):
             raise OptionError(f"loss_cfg must be a BaseLossConfig; got {type(loss_cfg).__name__}")
@@ -194,6 +198,11 @@ class BaseLossContext(Generic[InputItem]):
     def stats_needed(self) -> StatSpec:
         """Statistics that ``token_loss`` reads beside ``logprobs`` and ``lse``."""
         return StatSpec(entropy=self.loss_cfg.return_entropy)
+
+    def head_labels(self, loss_kwargs: Any) -> Tensor:
+        """Labels whose log-probs the loss reads, in the shape of ``shifted_labels``, or that and an axis K."""
+        labels: Tensor = loss_kwargs.shifted_labels
+        return labels
 
     def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> TokenLoss:
         """The loss from per-token vectors: ``[T]`` losses or a scalar, alone or with a dict of metrics.

@@ -39,7 +39,7 @@ def attach_cu_seq_lens(
 
 
 def sequence_weights(
-    valid: Tensor, cu_seq_lens: Tensor | None, reduction: str, sp_mesh: DeviceMesh | None = None
+    valid: Tensor, cu_seq_lens: Tensor | None, reduction: str, sp_mesh: DeviceMesh | None = None, asked: str = ""
 ) -> Tensor:
     """Weight of each token before the global division, in the shape of ``valid`` (bool, label not ignored).
 
@@ -56,8 +56,8 @@ def sequence_weights(
     if cu_seq_lens is None:
         if whole.ndim == 1 or whole.shape[0] == 1:
             raise MissingFieldError(
-                f"loss_reduction={reduction!r} needs cu_seq_lens_list for a pack of shape {tuple(whole.shape)}: "
-                f"the bounds of its sequences, [0, {flat.numel()}] if it is one"
+                f"loss_reduction={asked or repr(reduction)} needs cu_seq_lens_list for a pack of "
+                f"shape {tuple(whole.shape)}: the bounds of its sequences, [0, {flat.numel()}] if it is one"
             )
         bounds = rows_as_segments(whole.shape, flat.device)
     else:
@@ -74,6 +74,20 @@ def sequence_weights(
     if split and sp_mesh is not None:
         return distributed.sp_split(weights, sp_mesh, 0.0)
     return weights
+
+
+def num_sequences(
+    valid: Sequence[Tensor], bounds: Sequence[Tensor | None], sp_mesh: DeviceMesh | None = None
+) -> Tensor:
+    """Sequences of all micro-batches of all ranks, those without a valid token included; 0-d, at least 1."""
+    local = 0
+    for mask, cu_seq_lens in zip(valid, bounds, strict=True):
+        if cu_seq_lens is not None:
+            local += cu_seq_lens.numel() - 1
+        else:
+            local += 1 if mask.ndim == 1 else mask.shape[0]
+    share = 1 if sp_mesh is None else sp_mesh.size()
+    return global_sum([torch.full((), local / share, device=valid[0].device)]).round()
 
 
 def global_sum(parts: Sequence[Tensor]) -> Tensor:

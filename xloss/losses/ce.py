@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -11,23 +11,22 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.head.backend import LossTwin
 from xloss.losses import calibration
-from xloss.losses.base import BaseLossConfig, BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss, require
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken
+from xloss.losses.reduced import ReducedLossConfig
+from xloss.losses.reduction import reduction_weights
 from xloss.metrics import Metric
 from xloss.stats import StatSpec, TokenStats
 
 
-class CELossConfig(BaseLossConfig):
-    """``sum_t w_t (nll_t + z_loss_coef lse_t^2) / sum w``, the sum of weights taken over the whole global batch.
+class CELossConfig(ReducedLossConfig):
+    """``sum_t w_t (nll_t + z_loss_coef lse_t^2)``, with weights calibrated over the whole global batch.
 
     Args:
-        loss_reduction: weight of a token: ``token`` 1, ``sample`` ``1/n_i``, ``square`` ``1/sqrt(n_i)``, with ``n_i``
-            valid tokens of its sequence (XTuner).
         label_smoothing: mass spread evenly over the vocabulary, target included (torch; arXiv 1512.00567).
         z_loss_coef: factor of ``lse^2`` (PaLM, arXiv 2204.02311).
     """
 
-    loss_reduction: Literal["token", "sample", "square"] = "token"
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     z_loss_coef: float = Field(default=0.0, ge=0)
 
@@ -71,17 +70,16 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         if not kwargs_list:
             return
         calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
-        weights = []
-        for i, kwargs in enumerate(kwargs_list):
-            valid = kwargs.shifted_labels != loss_cfg.ignore_idx
-            bounds = kwargs.cu_seq_lens if cu_seq_lens_list is None else cu_seq_lens_list[i]
-            weight = calibration.sequence_weights(valid, bounds, loss_cfg.loss_reduction, sp_mesh)
-            if kwargs.token_weight is not None:
-                weight = weight * kwargs.token_weight.masked_fill(~valid, 0)
-            weights.append(weight)
-        factor = calibration.gradient_factor(loss_cfg.grad_reduce) / calibration.global_sum(weights)
+        weights = reduction_weights(
+            kwargs_list,
+            loss_cfg.ignore_idx,
+            loss_cfg.reduction_options(),
+            cu_seq_lens_list,
+            sp_mesh,
+            [kwargs.token_weight for kwargs in kwargs_list],
+        )
         for kwargs, weight in zip(kwargs_list, weights, strict=True):
-            kwargs.loss_weight = weight * factor
+            kwargs.loss_weight = weight
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "loss_weight", "call build_batches on the contexts of this optimizer step first")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -12,19 +12,23 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.head.backend import LossTwin
 from xloss.losses import calibration
-from xloss.losses.base import BaseLossConfig, BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss, require
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
-from xloss.losses.policy_cfg import AnyPolicyLossConfig, PolicyLossConfig
+from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
+from xloss.losses.policies.metrics import policy_metrics
+from xloss.losses.reduced import ReducedLossConfig
+from xloss.losses.reduction import reduction_weights
 from xloss.metrics import Metric
+from xloss.packing import Segments, rows_as_segments
+from xloss.policy.batch import PolicyBatch
 from xloss.policy.kl import KL_ESTIMATOR, KLType, kl_penalty
 from xloss.stats import StatSpec, TokenStats
 
-_METRIC_LIMIT = 20.0  # of |log r| in metrics, as XTuner and verl
 _CALL_BUILD = "call build_batches on the contexts of this optimizer step first"
 
 
-class GRPOLossConfig(BaseLossConfig):
-    """``sum_t (is_t policy_t + kl_loss_coef kl_t - entropy_coef H_t) / N``, N all valid tokens of the global batch.
+class GRPOLossConfig(ReducedLossConfig):
+    """``sum_t w_t (is_t policy_t + kl_loss_coef kl_t - entropy_coef H_t)``, ``w_t`` calibrated by ``loss_reduction``.
 
     Args:
         policy_loss_cfg: a typed policy loss or a dict of its fields, tagged by ``loss_type``.
@@ -63,10 +67,12 @@ class RLLossContextInputItem(BaseLossContextInputItem):
 
     Args:
         advantages: per token; the same for all tokens of a response in GRPO.
-        old_logprobs: of the policy at the start of the step; ``None`` is on-policy (the current ones, detached).
+        old_logprobs: of the policy at the start of the step; ``None``: ``rollout_logprobs`` if given, else on-policy
+            (the current ones, detached).
         ref_logprobs: of the frozen reference, for the KL penalty.
         rollout_logprobs: as the sampler reported them.
         is_weights: constant weight on the policy term, correcting sampler against trainer.
+        group_ids: number of each token's prompt, the same on all ranks; for losses and reductions over prompts.
     """
 
     advantages: Annotated[Tensor, PerToken(pad=0.0)]
@@ -74,15 +80,16 @@ class RLLossContextInputItem(BaseLossContextInputItem):
     ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
+    group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
 
 
 class GRPOLossKwargs(BaseLossKwargs):
     """The item's tensors, and weights that hold the global denominator.
 
     Args:
-        policy_loss_weight: ``is_weights / N``. kl_loss_weight: ``kl_loss_coef / N``. entropy_loss_weight:
-            ``entropy_coef / N``. All 0 at ignored labels.
-        global_grad_tokens: N, 0-d.
+        policy_loss_weight: ``w is_weights``. kl_loss_weight: ``w kl_loss_coef``. entropy_loss_weight:
+            ``w entropy_coef``. All 0 at ignored labels.
+        global_grad_tokens: valid tokens of the global batch, 0-d.
     """
 
     advantages: Annotated[Tensor, PerToken(pad=0.0)]
@@ -90,6 +97,7 @@ class GRPOLossKwargs(BaseLossKwargs):
     ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
+    group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
     policy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     kl_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     entropy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
@@ -101,7 +109,9 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
 
     loss_cfg: GRPOLossConfig
     loss_kwargs: GRPOLossKwargs
-    token_local: ClassVar[bool] = True
+
+    def is_token_local(self) -> bool:
+        return self.loss_cfg.policy_loss_cfg.coupling == "token"
 
     @classmethod
     def calibrate(
@@ -117,13 +127,14 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             for kwargs in kwargs_list:
                 require(kwargs, "ref_logprobs", _NEED_REF)
         calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
-        valid = [kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in kwargs_list]
-        num_tokens = calibration.global_sum(valid)
-        factor = calibration.gradient_factor(loss_cfg.grad_reduce) / num_tokens
-        for kwargs, mask in zip(kwargs_list, valid, strict=True):
-            weight = mask.to(torch.float32) * factor
+        options = loss_cfg.reduction_options()
+        weights = reduction_weights(kwargs_list, loss_cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
+        num_tokens = calibration.global_sum([kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in kwargs_list])
+        for kwargs, weight in zip(kwargs_list, weights, strict=True):
             is_weights = kwargs.is_weights
-            kwargs.policy_loss_weight = weight if is_weights is None else weight * is_weights.masked_fill(~mask, 0)
+            kwargs.policy_loss_weight = (
+                weight if is_weights is None else weight * is_weights.masked_fill(weight == 0, 0)
+            )
             kwargs.kl_loss_weight = weight * loss_cfg.kl_loss_coef if loss_cfg.use_kl_loss else None
             kwargs.entropy_loss_weight = weight * loss_cfg.entropy_coef if loss_cfg.entropy_coef else None
             kwargs.global_grad_tokens = num_tokens
@@ -135,13 +146,30 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             require(self.loss_kwargs, "kl_loss_weight", _CALL_BUILD)
         if self.loss_cfg.entropy_coef:
             require(self.loss_kwargs, "entropy_loss_weight", _CALL_BUILD)
+        policy: PolicyLossConfig = self.loss_cfg.policy_loss_cfg
+        for name in policy.needs:
+            field = "group_ids" if name == "groups" else name
+            require(self.loss_kwargs, field, f"{type(policy).__name__} cannot do without it")
+        labels = self.loss_kwargs.shifted_labels
+        if policy.coupling == "sequence" and (labels.ndim == 1 or labels.shape[0] == 1):
+            require(
+                self.loss_kwargs,
+                "cu_seq_lens",
+                f"{type(policy).__name__} needs cu_seq_lens_list, [0, {labels.numel()}] if it is one sequence",
+            )
 
     def stats_needed(self) -> StatSpec:
-        return StatSpec(entropy=self.loss_cfg.entropy_coef != 0)
+        return StatSpec(entropy=self.loss_cfg.entropy_coef != 0 or self.loss_cfg.policy_loss_cfg.needs_entropy)
+
+    def live_mask(self) -> Tensor:
+        if self.is_token_local():
+            return super().live_mask()
+        # a token of weight 0 still counts in the sums over its sequence
+        return self.loss_kwargs.shifted_labels.reshape(-1) != self.loss_cfg.ignore_idx
 
     def known_zero_grad(self) -> Tensor | None:
         cfg, kwargs = self.loss_cfg, self.loss_kwargs
-        if kwargs.policy_loss_weight is None:
+        if kwargs.policy_loss_weight is None or not self.is_token_local():
             return None
         zero = kwargs.policy_loss_weight == 0
         if cfg.policy_loss_cfg.zero_at_zero_advantage:
@@ -161,7 +189,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         vectors = {
             "weight": kw.policy_loss_weight,
             "advantages": kw.advantages,
-            "old_logprobs": kw.old_logprobs,
+            "old_logprobs": kw.rollout_logprobs if kw.old_logprobs is None else kw.old_logprobs,
             "ref_logprobs": kw.ref_logprobs if cfg.use_kl_loss else None,
             "kl_weight": kw.kl_loss_weight,
             "aux_weight": kw.entropy_loss_weight,  # holds the coefficient
@@ -170,18 +198,42 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         kl = KL_ESTIMATOR[cfg.kl_loss_type] if cfg.use_kl_loss and cfg.kl_loss_type else None
         return LossTwin(loss, numbers, kl, vectors)
 
+    def policy_batch(self, stats: TokenStats, kw: Any) -> PolicyBatch:
+        """What the policy loss sees of these statistics and kwargs."""
+        old = kw.rollout_logprobs if kw.old_logprobs is None else kw.old_logprobs
+        sequences = None
+        if not self.is_token_local():
+            valid = kw.shifted_labels != self.loss_cfg.ignore_idx
+            whole = rows_as_segments(valid.shape, valid.device) if kw.cu_seq_lens is None else kw.cu_seq_lens
+            sequences = Segments.of(whole, valid)
+        return PolicyBatch(
+            logprobs=stats.logprobs,
+            old_logprobs=stats.logprobs.detach() if old is None else old,
+            advantages=kw.advantages,
+            rollout_logprobs=kw.rollout_logprobs,
+            ref_logprobs=kw.ref_logprobs,
+            entropy=stats.entropy,
+            sequences=sequences,
+            groups=kw.group_ids,
+        )
+
     def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> TokenLoss:
-        cfg, kw, logprobs = self.loss_cfg, loss_kwargs, stats.logprobs
-        old = logprobs.detach() if kw.old_logprobs is None else kw.old_logprobs
-        loss = cfg.policy_loss_cfg.per_token(logprobs, old, kw.advantages) * kw.policy_loss_weight
-        metrics = _policy_metrics(logprobs.detach() - old, kw.advantages, cfg.policy_loss_cfg.ratio_bounds())
+        cfg, kw = self.loss_cfg, loss_kwargs
+        batch = self.policy_batch(stats, kw)
+        valid = None if batch.sequences is None else batch.sequences.valid
+        policy: PolicyLossConfig = cfg.policy_loss_cfg
+        loss = policy.per_token(batch)
+        if valid is not None:
+            loss = loss.masked_fill(~valid, 0)
+        loss = loss * kw.policy_loss_weight
+        metrics = policy_metrics(batch, policy.ratio_bounds()) | policy.metrics(batch)
         if cfg.use_kl_loss:
             assert cfg.kl_loss_type is not None
-            kl = kl_penalty(logprobs, kw.ref_logprobs, cfg.kl_loss_type)
+            kl = kl_penalty(batch.logprobs, kw.ref_logprobs, cfg.kl_loss_type)
             loss = loss + kl * kw.kl_loss_weight
-            metrics["ref_kl"] = Metric.mean(kl)
+            metrics["ref_kl"] = Metric.mean(kl, valid)
         if stats.entropy is not None:
-            metrics["entropy"] = Metric.mean(stats.entropy)
+            metrics["entropy"] = Metric.mean(stats.entropy, valid)
             if cfg.entropy_coef:
                 loss = loss - stats.entropy * kw.entropy_loss_weight
         return loss, metrics
@@ -191,34 +243,3 @@ _NEED_REF = (
     "use_kl_loss=True needs the reference model's log-probs: run LogProbContext (or linear_logprobs) on its hidden "
     "states and head under torch.no_grad() and set ref_logprobs, or set use_kl_loss=False"
 )
-
-
-def _policy_metrics(log_ratio: Tensor, advantages: Tensor, bounds: tuple[float, float] | None) -> dict[str, Metric]:
-    """Figures of ``r = exp(log_ratio)`` over live tokens.
-
-    ``clip_frac_low`` and ``clip_frac_high`` count tokens whose gradient the clip can stop: ``A < 0`` and ``r`` below,
-    or ``A > 0`` and ``r`` above (TRL). ``ratio_low_frac`` and ``ratio_high_frac`` count every ratio out of bounds
-    (XTuner).
-    ``approx_kl_k1 = -log r`` and ``approx_kl_k3 = r - log r - 1`` estimate KL(old || current).
-    """
-    safe = torch.clamp(log_ratio, -_METRIC_LIMIT, _METRIC_LIMIT)  # one far token must not make a mean infinite
-    ratio = torch.exp(safe)
-    metrics = {
-        "num_tokens": Metric.count_of(ratio),
-        "ratio_mean": Metric.mean(ratio),
-        "ratio_min": Metric.extreme(ratio, "min"),
-        "ratio_max": Metric.extreme(ratio, "max"),
-        "ratio_abs_dev": Metric.mean((ratio - 1).abs()),
-        "approx_kl_k1": Metric.mean(-log_ratio),
-        "approx_kl_k3": Metric.mean(torch.expm1(safe) - safe),
-    }
-    if bounds is not None:
-        below, above = ratio < bounds[0], ratio > bounds[1]
-        fractions = {
-            "clip_frac_low": below & (advantages < 0),
-            "clip_frac_high": above & (advantages > 0),
-            "ratio_low_frac": below,
-            "ratio_high_frac": above,
-        }
-        metrics |= {name: Metric.mean(mask.to(ratio.dtype)) for name, mask in fractions.items()}
-    return metrics

@@ -38,11 +38,12 @@ class PerToken:
 
     ``pad`` fills positions added when a sequence is split over ranks; a float one asks for a floating dtype.
     ``weight=True``: the loss of a token is multiplied by this, so tokens for which every such field is 0 are left out
-    of the head altogether.
+    of the head altogether. ``trailing=True``: one more axis follows the token axes (``[.., T, K]``).
     """
 
     pad: float = 0.0
     weight: bool = False
+    trailing: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,13 @@ class TokenBatch(StrictModel):
         if labels.ndim not in (1, 2):
             raise ShapeError(f"shifted_labels must be [T], [1, T] or [B, S]; got {tuple(labels.shape)}")
         for name, (value, mark) in self.per_token().items():
-            shapes.check_per_token(name, value, labels, floating=isinstance(mark.pad, float))
+            floating = isinstance(mark.pad, float)
+            shapes.check_per_token(name, value, labels, floating=floating, trailing=mark.trailing)
+
+    @property
+    def token_axis(self) -> int:
+        """The axis of tokens in a sequence, of every per-token tensor."""
+        return self.shifted_labels.ndim - 1
 
     def replaced(self, values: dict[str, Any]) -> Self:
         """A copy with some fields replaced, unchecked."""
@@ -107,7 +114,7 @@ class TokenBatch(StrictModel):
         """Keep this rank's part of every per-token tensor, in place; pads to equal parts."""
         if sp_mesh.size() > 1:
             for name, (value, mark) in self.per_token().items():
-                setattr(self, name, distributed.sp_split(value, sp_mesh, mark.pad))
+                setattr(self, name, distributed.sp_split(value, sp_mesh, mark.pad, axis=self.token_axis))
         return self
 
 
@@ -173,7 +180,7 @@ class BaseLossKwargs(TokenBatch):
         pieces = []
         for start in range(0, max(length, 1), chunk_size):
             stop = min(start + chunk_size, length)
-            piece = self.map_tokens(lambda x, _, a=start, b=stop: x[..., a:b])  # type: ignore[misc]
+            piece = self.map_tokens(lambda x, _, a=start, n=stop - start: x.narrow(self.token_axis, a, n))  # type: ignore[misc]
             if self.cu_seq_lens is not None:
                 piece.cu_seq_lens = (self.cu_seq_lens - start).clamp(0, stop - start)
             pieces.append(piece)
@@ -189,7 +196,7 @@ class BaseLossKwargs(TokenBatch):
             parts = [getattr(c, name) for c in chunks]
             if any(p is None for p in parts):
                 raise MissingFieldError(f"{name} is None in some of the chunks to cat and a tensor in others")
-            joined[name] = torch.cat(parts, dim=-1)
+            joined[name] = torch.cat(parts, dim=first.token_axis)
         if any(c.cu_seq_lens is not None for c in chunks):
             bounds: list[Tensor] = []
             offset = 0
@@ -202,10 +209,10 @@ class BaseLossKwargs(TokenBatch):
         return first.replaced(joined)
 
     def flat(self, dtype: torch.dtype) -> Self:
-        """A copy with per-token tensors as ``[T]``, floats in ``dtype``, detached."""
+        """A copy with per-token tensors as ``[T]`` (or ``[T, K]``), floats in ``dtype``, detached."""
 
-        def flatten(x: Tensor, _: PerToken) -> Tensor:
-            x = x.detach().reshape(-1)
+        def flatten(x: Tensor, mark: PerToken) -> Tensor:
+            x = x.detach().flatten(0, self.token_axis)
             return x.to(dtype) if x.dtype.is_floating_point else x
 
         return self.map_tokens(flatten)

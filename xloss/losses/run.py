@@ -18,6 +18,7 @@ from xloss.losses.chunked_autograd import run_chunked, split_result
 from xloss.losses.info import LossInfo
 from xloss.losses.model import BaseLossKwargs, PerToken
 from xloss.metrics import Metric, merge_metrics
+from xloss.packing import rows_as_segments
 from xloss.stats import DIFFERENTIABLE, StatSpec, TokenStats
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class _Run:
     ) -> None:
         cfg = ctx.loss_cfg
         self.ctx = ctx
+        self.local = ctx.is_token_local()
         self.options: HeadOptions = cfg.head_options(ctx.stats_needed() | StatSpec(entropy=cfg.return_entropy))
         self.run_options: RunOptions = cfg.run_options()
         temperature = cfg.temperature if kwargs.temperature is None else kwargs.temperature
@@ -42,7 +44,7 @@ class _Run:
                 f"temperature is given per token and as temperature={cfg.temperature} in the config; give one"
             )
         self.inputs: HeadInputs = gather_inputs(
-            hidden, weight, bias, kwargs.shifted_labels, temperature, self.options, self.run_options, "shifted_labels"
+            hidden, weight, bias, ctx.head_labels(kwargs), temperature, self.options, self.run_options, "shifted_labels"
         )
         self.mode = resolve_mode(mode or cfg.mode, weight.device.type, self.inputs.operand_dtype)
         # a chunk of the kwargs (loss_fn called by hand) has rows of its own
@@ -52,7 +54,7 @@ class _Run:
         self.kind, self.reasons = self._choose()
 
     def _choose(self) -> tuple[PlanKind, tuple[str, ...]]:
-        asked, local = self.ctx.loss_cfg.plan, self.ctx.token_local
+        asked, local = self.ctx.loss_cfg.plan, self.local
         if asked == "one_pass" and not local:
             raise UnsupportedError(
                 f"plan='one_pass' needs a loss of each token alone; {type(self.ctx).__name__} couples tokens "
@@ -85,18 +87,23 @@ class _Run:
         return live.replaced({"cu_seq_lens": None})
 
     def whole_kwargs(self) -> BaseLossKwargs:
-        """Kwargs of all rows, 0 where a row is left out: what stands there must not matter, be it NaN."""
-        index = self.rows.index
+        """Kwargs of all rows, 0 where a row is left out: what stands there must not matter, be it NaN.
+
+        The rows of a padded batch become its ``cu_seq_lens``.
+        """
+        index, kwargs, lead = self.rows.index, self.kwargs, self.inputs.lead
+        if kwargs.cu_seq_lens is None and len(lead) == 2 and lead[0] != 1:
+            kwargs = kwargs.replaced({"cu_seq_lens": rows_as_segments(lead, self.inputs.hidden.device)})
         if index is None:
-            return self.kwargs
+            return kwargs
         keep = torch.zeros(self.rows.total, dtype=torch.bool, device=index.device).index_fill(0, index, True)
 
         def clean(x: Tensor, mark: PerToken) -> Tensor:
             if not x.dtype.is_floating_point:
-                return x.masked_fill(~keep, self.ctx.loss_cfg.ignore_idx) if x is self.kwargs.shifted_labels else x
-            return x.masked_fill(~keep, mark.pad)
+                return x.masked_fill(~keep, self.ctx.loss_cfg.ignore_idx) if x is kwargs.shifted_labels else x
+            return x.masked_fill(~keep if x.ndim == 1 else ~keep.unsqueeze(1), mark.pad)
 
-        return self.kwargs.map_tokens(clean)
+        return kwargs.map_tokens(clean)
 
     def evaluate(self, stats: TokenStats, kwargs: BaseLossKwargs) -> Tensor:
         """``token_loss`` with its metrics put aside."""
@@ -105,7 +112,7 @@ class _Run:
         if not isinstance(loss, Tensor) or loss.ndim > 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise OptionError(f"token_loss must return a scalar or one loss per token; got {shape}")
-        if self.ctx.token_local and loss.shape != stats.lse.shape:
+        if self.local and loss.shape != stats.lse.shape:
             raise OptionError(
                 f"token_loss of {type(self.ctx).__name__} must return one loss per token, {tuple(stats.lse.shape)}, "
                 f"as token_local is True; got {tuple(loss.shape)}"
@@ -115,7 +122,7 @@ class _Run:
 
     def losses(self, live_stats: TokenStats) -> tuple[Tensor, Tensor | None]:
         """The loss, and losses of live rows where it is a sum over tokens."""
-        if self.ctx.token_local:
+        if self.local:
             losses = self.evaluate(live_stats, self.live_kwargs())
             return losses.sum(), self.rows.spread(losses.detach())
         loss = self.evaluate(spread_stats(live_stats, self.rows), self.whole_kwargs())
@@ -123,14 +130,15 @@ class _Run:
 
     def info(self, loss: Tensor, live_stats: TokenStats, token_loss: Tensor | None, plan: Plan) -> LossInfo:
         """Everything in the shape of the labels."""
-        stats = spread_stats(live_stats, self.rows).map(lambda x: x.reshape(self.inputs.lead))
+        lead = self.inputs.lead
+        stats = spread_stats(live_stats, self.rows).map(lambda x: x.reshape(*lead, *x.shape[1:]))
         return LossInfo(
             loss=loss.detach(),
             plan=plan,
             logprobs=stats.logprobs,
             lse=stats.lse,
             entropy=stats.entropy,
-            token_loss=None if token_loss is None else token_loss.reshape(self.inputs.lead),
+            token_loss=None if token_loss is None else token_loss.reshape(lead),
             metrics=merge_metrics(self.metrics),
         )
 

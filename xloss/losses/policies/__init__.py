@@ -1,0 +1,19 @@
+"""Policy losses: one typed config each, tagged by ``loss_type``, whose formula is a function of ``xloss.policy``."""
+
+from xloss.losses.policies import token_ratio
+from xloss.losses.policies.base import (
+    AnyPolicyLossConfig,
+    PolicyLossConfig,
+    find_policy_loss,
+    policy_losses,
+    register_policy_loss,
+)
+
+__all__ = [
+    "AnyPolicyLossConfig",
+    "PolicyLossConfig",
+    "find_policy_loss",
+    "policy_losses",
+    "register_policy_loss",
+    "token_ratio",
+]
