@@ -62,6 +62,7 @@ class LossTwin:
     loss: TwinName
     numbers: dict[str, float | None] = field(default_factory=dict)
     kl: Literal["k1", "abs", "k2", "k3"] | None = None
+    kl_grad: Literal["plain", "straight_through", "unbiased", "score_function"] = "plain"
     vectors: dict[str, Tensor | None] = field(default_factory=dict)
 
     def rows(self, start: int, stop: int) -> LossTwin:

@@ -13,41 +13,38 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss.head.backend import LossTwin
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.kl import KLPenaltyConfig, kl_of
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
 from xloss.losses.policies.metrics import policy_metrics
-from xloss.losses.reduced import ReducedLossConfig
 from xloss.losses.reduction import reduction_weights
 from xloss.metrics import Metric
 from xloss.packing import Segments, rows_as_segments
 from xloss.policy.batch import PolicyBatch
-from xloss.policy.kl import KL_ESTIMATOR, KLType, kl_penalty
+from xloss.policy.kl import KL_ESTIMATOR
 from xloss.stats import StatSpec, TokenStats
 
 _CALL_BUILD = "call build_batches on the contexts of this optimizer step first"
 
 
-class GRPOLossConfig(ReducedLossConfig):
+class GRPOLossConfig(KLPenaltyConfig):
     """``sum_t w_t (is_t policy_t + kl_loss_coef kl_t - entropy_coef H_t)``, ``w_t`` calibrated by ``loss_reduction``.
 
     Args:
         policy_loss_cfg: a typed policy loss or a dict of its fields, tagged by ``loss_type``.
-        use_kl_loss: add the KL penalty; needs ``ref_logprobs``.
-        kl_loss_coef: its factor.
-        kl_loss_type: its estimator, required with ``use_kl_loss``.
         entropy_coef: factor of the entropy bonus, with the exact gradient of the full distribution's entropy.
     """
 
     policy_loss_cfg: AnyPolicyLossConfig
-    use_kl_loss: bool = False
-    kl_loss_coef: float = Field(default=0.001, allow_inf_nan=False)
-    kl_loss_type: KLType | None = None
     entropy_coef: float = Field(default=0.0, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _kl_type_given(self) -> GRPOLossConfig:
-        if self.use_kl_loss and self.kl_loss_type is None:
-            raise ValueError("kl_loss_type must be given with use_kl_loss=True; low_var_kl (k3) is the usual choice")
+    def _kl_of_sequences(self) -> GRPOLossConfig:
+        if self.kl_ratio_level == "sequence" and self.policy_loss_cfg.coupling == "token":
+            raise ValueError(
+                "kl_ratio_level='sequence' needs a policy loss that sees sequences; "
+                f"{type(self.policy_loss_cfg).__name__} sees each token alone"
+            )
         return self
 
     @property
@@ -144,9 +141,13 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if self.loss_cfg.use_kl_loss:
             require(self.loss_kwargs, "ref_logprobs", _NEED_REF)
             require(self.loss_kwargs, "kl_loss_weight", _CALL_BUILD)
+            if self.loss_cfg.kl_ratio_anchor == "rollout":
+                require(self.loss_kwargs, "rollout_logprobs", "kl_ratio_anchor='rollout' takes the ratio to them")
         if self.loss_cfg.entropy_coef:
             require(self.loss_kwargs, "entropy_loss_weight", _CALL_BUILD)
         policy: PolicyLossConfig = self.loss_cfg.policy_loss_cfg
+        if policy.ratio_anchor() == "rollout":
+            require(self.loss_kwargs, "rollout_logprobs", "anchor='rollout' takes the ratio to the sampler's log-probs")
         for name in policy.needs:
             field = "group_ids" if name == "groups" else name
             require(self.loss_kwargs, field, f"{type(policy).__name__} cannot do without it")
@@ -172,7 +173,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if kwargs.policy_loss_weight is None or not self.is_token_local():
             return None
         zero = kwargs.policy_loss_weight == 0
-        if cfg.policy_loss_cfg.zero_at_zero_advantage:
+        if cfg.policy_loss_cfg.no_gradient_without_advantage():
             zero = zero | (kwargs.advantages == 0)
         for other in (kwargs.kl_loss_weight, kwargs.entropy_loss_weight):
             if other is not None:
@@ -183,24 +184,32 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         cfg, kw = self.loss_cfg, loss_kwargs
         policy: PolicyLossConfig = cfg.policy_loss_cfg
         known = policy.twin()
-        if known is None:
+        if known is None or (cfg.use_kl_loss and not cfg.kl_in_kernel(policy.ratio_anchor())):
             return None
         loss, numbers = known
         vectors = {
             "weight": kw.policy_loss_weight,
             "advantages": kw.advantages,
-            "old_logprobs": kw.rollout_logprobs if kw.old_logprobs is None else kw.old_logprobs,
+            "old_logprobs": self._anchor(kw),
             "ref_logprobs": kw.ref_logprobs if cfg.use_kl_loss else None,
             "kl_weight": kw.kl_loss_weight,
             "aux_weight": kw.entropy_loss_weight,  # holds the coefficient
         }
         numbers["entropy_coef"] = 1.0 if cfg.entropy_coef else 0.0
-        kl = KL_ESTIMATOR[cfg.kl_loss_type] if cfg.use_kl_loss and cfg.kl_loss_type else None
-        return LossTwin(loss, numbers, kl, vectors)
+        if not cfg.use_kl_loss or cfg.kl_loss_type is None:
+            return LossTwin(loss, numbers, vectors=vectors)
+        numbers |= cfg.kl_numbers()
+        return LossTwin(loss, numbers, KL_ESTIMATOR[cfg.kl_loss_type], cfg.kl_loss_grad, vectors)
+
+    def _anchor(self, kw: Any) -> Tensor | None:
+        """Log-probs that the ratio is taken against; ``None`` is on-policy."""
+        from_rollout = self.loss_cfg.policy_loss_cfg.ratio_anchor() == "rollout" or kw.old_logprobs is None
+        found: Tensor | None = kw.rollout_logprobs if from_rollout else kw.old_logprobs
+        return found
 
     def policy_batch(self, stats: TokenStats, kw: Any) -> PolicyBatch:
         """What the policy loss sees of these statistics and kwargs."""
-        old = kw.rollout_logprobs if kw.old_logprobs is None else kw.old_logprobs
+        old = self._anchor(kw)
         sequences = None
         if not self.is_token_local():
             valid = kw.shifted_labels != self.loss_cfg.ignore_idx
@@ -228,8 +237,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         loss = loss * kw.policy_loss_weight
         metrics = policy_metrics(batch, policy.ratio_bounds()) | policy.metrics(batch)
         if cfg.use_kl_loss:
-            assert cfg.kl_loss_type is not None
-            kl = kl_penalty(batch.logprobs, kw.ref_logprobs, cfg.kl_loss_type)
+            kl = kl_of(cfg, batch, kw)
             loss = loss + kl * kw.kl_loss_weight
             metrics["ref_kl"] = Metric.mean(kl, valid)
         if stats.entropy is not None:

@@ -1,6 +1,6 @@
 """Policy losses: one typed config each, tagged by ``loss_type``, whose formula is a function of ``xloss.policy``."""
 
-from xloss.losses.policies import token_ratio
+from xloss.losses.policies import off_policy, token_ratio, trust_region
 from xloss.losses.policies.base import (
     AnyPolicyLossConfig,
     PolicyLossConfig,
@@ -13,7 +13,9 @@ __all__ = [
     "AnyPolicyLossConfig",
     "PolicyLossConfig",
     "find_policy_loss",
+    "off_policy",
     "policy_losses",
     "register_policy_loss",
     "token_ratio",
+    "trust_region",
 ]

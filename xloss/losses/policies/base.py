@@ -16,6 +16,7 @@ from xloss.policy.batch import PolicyBatch
 
 Twin = tuple[TwinName, dict[str, float | None]]
 Coupling = Literal["token", "sequence", "batch"]
+Anchor = Literal["old", "rollout"]
 
 
 class PolicyLossConfig(StrictModel):
@@ -38,6 +39,15 @@ class PolicyLossConfig(StrictModel):
     def per_token(self, batch: PolicyBatch) -> Tensor:
         """Loss of each token ``[T]``, unweighted, to minimise."""
         raise NotImplementedError
+
+    def ratio_anchor(self) -> Anchor:
+        """Which log-probs ``PolicyBatch.old_logprobs`` holds: the trainer's at the start of the step, or the
+        sampler's."""
+        return "old"
+
+    def no_gradient_without_advantage(self) -> bool:
+        """``zero_at_zero_advantage``, for losses whose fields decide."""
+        return self.zero_at_zero_advantage
 
     def ratio_bounds(self) -> tuple[float, float] | None:
         """Lowest and highest ratio that is not clipped, or ``None`` where nothing clips."""

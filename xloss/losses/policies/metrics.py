@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from xloss.metrics import Metric
 from xloss.policy.batch import PolicyBatch
@@ -41,3 +42,9 @@ def policy_metrics(batch: PolicyBatch, bounds: tuple[float, float] | None) -> di
         }
         metrics |= {name: Metric.mean(mask.to(ratio.dtype), valid) for name, mask in fractions.items()}
     return metrics
+
+
+def share(batch: PolicyBatch, mask: Tensor) -> Metric:
+    """Share of the live tokens that are in ``mask``."""
+    valid = None if batch.sequences is None else batch.sequences.valid
+    return Metric.mean(mask.to(batch.logprobs.dtype), valid)
