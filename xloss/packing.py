@@ -84,3 +84,26 @@ class Segments:
     def spread(self, per_sequence: Tensor) -> Tensor:
         """Value of its sequence for each token, ``[count]`` to ``[T]``; differentiable."""
         return per_sequence[self.ids]
+
+    def runs(self) -> Segments:
+        """The runs of consecutive valid tokens within the sequences: the turns of a conversation.
+
+        ``count`` is an upper bound, the number of tokens: how many runs there are, only the device knows.
+        """
+        before = torch.zeros_like(self.valid)
+        before[1:] = self.valid[:-1] & (self.ids[1:] == self.ids[:-1])
+        starts = self.valid & ~before
+        return Segments((starts.cumsum(0) - 1).clamp(min=0), self.valid.numel(), self.valid)
+
+    def discounted_future(self, values: Tensor, discount: float) -> Tensor:
+        """``F_t = sum of discount^(s - t) values_s`` over valid tokens ``s >= t`` of its sequence, ``[T]`` to ``[T]``.
+
+        Distances count every position, left-out ones too. A scan by doubling: ``log2 T`` steps for any sequences.
+        """
+        total, reach = values.masked_fill(~self.valid, 0), 1
+        while reach < total.shape[0]:
+            same = self.ids[reach:] == self.ids[:-reach]
+            ahead = torch.where(same, total[reach:], 0) * discount**reach
+            total = torch.cat([total[:-reach] + ahead, total[-reach:]])
+            reach *= 2
+        return total.masked_fill(~self.valid, 0)

@@ -120,6 +120,10 @@ class BaseLossContext(Generic[InputItem]):
         """``token_local``, for losses whose config decides."""
         return self.token_local
 
+    def why_coupled(self) -> str:
+        """What makes the loss couple tokens, for ``explain()``; asked only where ``is_token_local()`` is False."""
+        return "token_local is False"
+
     def __init__(self, loss_cfg: BaseLossConfig, loss_kwargs: BaseLossKwargs) -> None:
         if not isinstance(loss_cfg, BaseLossConfig):
             raise OptionError(f"loss_cfg must be a BaseLossConfig; got {type(loss_cfg).__name__}")

@@ -131,6 +131,12 @@ class BaseLossKwargs(TokenBatch):
 
     cu_seq_lens: Annotated[Tensor | None, PerBatch()] = None
     _rows: tuple[object, list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
+    _cut: bool = PrivateAttr(default=False)
+
+    @property
+    def cut(self) -> bool:
+        """Whether this is a piece made by ``chunk``, in which sequences may stand in part."""
+        return self._cut
 
     def remember_rows(self, rows: LiveRows, config: object) -> None:
         """Keep live rows counted for these tensors and ``config``; a tensor replaced or written to ends that."""
@@ -183,6 +189,7 @@ class BaseLossKwargs(TokenBatch):
             piece = self.map_tokens(lambda x, _, a=start, n=stop - start: x.narrow(self.token_axis, a, n))  # type: ignore[misc]
             if self.cu_seq_lens is not None:
                 piece.cu_seq_lens = (self.cu_seq_lens - start).clamp(0, stop - start)
+            piece._cut = self._cut or stop - start < length
             pieces.append(piece)
         return pieces
 

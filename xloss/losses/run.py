@@ -58,7 +58,7 @@ class _Run:
         if asked == "one_pass" and not local:
             raise UnsupportedError(
                 f"plan='one_pass' needs a loss of each token alone; {type(self.ctx).__name__} couples tokens "
-                "(token_local is False): use plan='two_pass' or 'auto'"
+                f"({self.ctx.why_coupled()}): use plan='two_pass' or 'auto'"
             )
         if self.mode == "eager":
             refused = {"plan": asked != "auto", "logits_budget": self.run_options.logits_budget is not None}
@@ -75,7 +75,7 @@ class _Run:
             return "two-pass", ("plan='two_pass' was asked for",)
         if local:
             return "one-pass", ("the loss is a sum over tokens: gradients are formed in forward",)
-        return "two-pass", ("the loss couples tokens (token_local is False)",)
+        return "two-pass", (f"the loss couples tokens: {self.ctx.why_coupled()}",)
 
     @property
     def plan(self) -> Plan:

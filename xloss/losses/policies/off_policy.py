@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from xloss.losses.policies.base import Anchor, register_policy_loss
-from xloss.losses.policies.ratio import ClippedRatioConfig, RatioPolicyConfig
+from xloss.losses.policies.ratio import ClippedRatioConfig, LeveledRatioConfig
 from xloss.policy import surrogate
 from xloss.policy.batch import PolicyBatch
 
@@ -39,7 +39,7 @@ class RolloutISConfig(ClippedRatioConfig):
 
 
 @register_policy_loss
-class TOPRConfig(RatioPolicyConfig):
+class TOPRConfig(LeveledRatioConfig):
     """Tapered off-policy REINFORCE: good tokens in full, bad ones by their ratio, at most 1."""
 
     loss_type: Literal["topr"] = "topr"
@@ -60,7 +60,7 @@ class TOPRConfig(RatioPolicyConfig):
 
 
 @register_policy_loss
-class SAPOConfig(RatioPolicyConfig):
+class SAPOConfig(LeveledRatioConfig):
     """A sigmoid gate on the ratio in the place of a clip."""
 
     loss_type: Literal["sapo"] = "sapo"

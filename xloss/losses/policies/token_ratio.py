@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xloss.losses.policies.base import PolicyLossConfig, Twin, register_policy_loss
 from xloss.losses.policies.metrics import share
-from xloss.losses.policies.ratio import ClippedRatioConfig, RatioPolicyConfig
+from xloss.losses.policies.ratio import ClippedRatioConfig, LeveledRatioConfig, offset_bounds
 from xloss.metrics import Metric
 from xloss.policy import surrogate
 from xloss.policy.batch import PolicyBatch
@@ -46,25 +46,21 @@ class VanillaConfig(PolicyLossConfig):
         }
 
 
-@register_policy_loss
-class PPOConfig(ClippedRatioConfig):
-    """PPO / GRPO clip under the field's most common names and defaults: no dual clip, no two-sided clip."""
+class PPOClipConfig(ClippedRatioConfig):
+    """What losses with PPO's clip share; above the token they stand in ``sequence_ratio``."""
 
-    loss_type: Literal["ppo"] = "ppo"
-    default_bounds: ClassVar[dict[str, float]] = {
-        "cliprange_low": 0.2,
-        "cliprange_high": 0.2,
-        "clip_low_threshold": 0.8,
-        "clip_high_threshold": 1.2,
-    }
-    cliprange_low: float | None = Field(default=0.2, ge=0)
-    cliprange_high: float | None = Field(default=0.2, ge=0)
     dual_clip_c: float | None = Field(default=None, gt=1)
     delta: float | None = Field(default=None, gt=1)
 
-    def per_token(self, batch: PolicyBatch) -> Tensor:
-        low, high = self.ratio_bounds()
+    def log_ratio_limits(self) -> tuple[float | None, float | None]:
+        """Lower and upper clamp of the log-ratio."""
         clamp = self.log_ratio_clamp
+        return (None, None) if clamp is None else (-clamp, clamp)
+
+    def clipped(self, batch: PolicyBatch) -> Tensor:
+        """The clipped surrogate of each token ``[T]``."""
+        low, high = self.ratio_bounds()
+        lowest, highest = self.log_ratio_limits()
         return surrogate.ppo_clip(
             batch.logprobs,
             batch.old_logprobs,
@@ -73,8 +69,8 @@ class PPOConfig(ClippedRatioConfig):
             cliprange_high=high - 1,
             clip_ratio_c=self.dual_clip_c,
             delta=self.delta,
-            log_prob_diff_min=None if clamp is None else -clamp,
-            log_prob_diff_max=clamp,
+            log_prob_diff_min=lowest,
+            log_prob_diff_max=highest,
         )
 
     def metrics(self, batch: PolicyBatch) -> dict[str, Metric]:
@@ -86,6 +82,19 @@ class PPOConfig(ClippedRatioConfig):
             if bound is not None
         }
         return super().metrics(batch) | found
+
+
+@register_policy_loss
+class PPOConfig(PPOClipConfig):
+    """PPO / GRPO clip under the field's most common names and defaults: no dual clip, no two-sided clip."""
+
+    loss_type: Literal["ppo"] = "ppo"
+    default_bounds: ClassVar[dict[str, float]] = offset_bounds(0.2, 0.2)
+    cliprange_low: float | None = Field(default=0.2, ge=0)
+    cliprange_high: float | None = Field(default=0.2, ge=0)
+
+    def per_token(self, batch: PolicyBatch) -> Tensor:
+        return self.clipped(batch)
 
     def twin(self) -> Twin:
         low, high = self.ratio_bounds()
@@ -130,7 +139,7 @@ class CISPOConfig(ClippedRatioConfig):
 
 
 @register_policy_loss
-class TISConfig(RatioPolicyConfig):
+class TISConfig(LeveledRatioConfig):
     """Truncated importance sampling as a policy gradient: CISPO between 0 and 1."""
 
     loss_type: Literal["tis"] = "tis"
@@ -155,7 +164,7 @@ class TISConfig(RatioPolicyConfig):
 
 
 @register_policy_loss
-class ImportanceSamplingConfig(RatioPolicyConfig):
+class ImportanceSamplingConfig(LeveledRatioConfig):
     """Unclipped importance-weighted policy gradient."""
 
     loss_type: Literal["importance_sampling"] = "importance_sampling"
