@@ -23,7 +23,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tests import budgets
 from tests.oracle import ce, grpo, head
-from xloss import CELossConfig, CELossContextInputItem, GRPOLossConfig, RLLossContextInputItem, finalize_metrics
+from xloss import (
+    CELossConfig,
+    CELossContextInputItem,
+    GRPOLossConfig,
+    MTPLossConfig,
+    RLLossContextInputItem,
+    finalize_metrics,
+)
 
 pytestmark = pytest.mark.distributed
 WORLD, H, V = 2, 3, 11
@@ -96,7 +103,14 @@ def split_sequence(rank: int) -> dict[str, Any]:
         loss, _ = ctx_cls(cfg, kwargs).forward(padded[:, rank * part : (rank + 1) * part], w)
         loss.backward()
         results[reduction] = {"loss": loss.detach(), "grad": w.grad}
-    return results
+    mtp = MTPLossConfig(mtp_depth=2, loss_reduction="sample", mode="chunk", chunk_size=4, grad_reduce="sum")
+    ctx = mtp.build({"shifted_labels": batch.labels}, sp_mesh=mesh)
+    assert ctx is not None
+    type(ctx).build_batches([ctx], [cu], mesh)
+    w = weight().requires_grad_()
+    loss, _ = ctx.forward(padded[:, rank * part : (rank + 1) * part], w)
+    loss.backward()
+    return results | {"mtp": {"loss": loss.detach(), "grad": w.grad}}
 
 
 def jobs(rank: int) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -183,13 +197,16 @@ def test_metrics_are_global(ranks: list[dict[str, Any]]) -> None:
             assert seen[name] == pytest.approx(value, rel=1e-12), name
 
 
-@pytest.mark.parametrize("reduction", ["token", "sample", "square"])
-def test_split_sequence(ranks: list[dict[str, Any]], reduction: str) -> None:
-    """Two halves of a pack, the second padded: tokens of a sequence are counted over both."""
+@pytest.mark.parametrize("name", ["token", "sample", "square", "mtp"])
+def test_split_sequence(ranks: list[dict[str, Any]], name: str) -> None:
+    """Two halves of a pack, the second padded: tokens of a sequence are counted, and labels rolled, over both."""
     hidden, batch, cu = micro_batches(0)[0]
     (w,) = head.leaves(weight())
-    (weights,) = ce.step_weights([batch.labels], [cu], reduction)
-    loss = ce.loss(hidden, w, batch.labels, weights)
-    seen = [r["sequence"][reduction] for r in ranks]
+    labels, reduction = batch.labels, name
+    if name == "mtp":
+        labels, reduction = torch.tensor([ce.rolled(labels[0].tolist(), cu.tolist(), 2, -100)]), "sample"
+    (weights,) = ce.step_weights([labels], [cu], reduction)
+    loss = ce.loss(hidden, w, labels, weights)
+    seen = [r["sequence"][name] for r in ranks]
     budgets.assert_relative("loss", sum(s["loss"] for s in seen), loss, budgets.F32_LOSS)
     budgets.assert_relative("grad", sum(s["grad"] for s in seen), head.grads(loss, [w])[0], budgets.F32_GRADIENT)

@@ -108,7 +108,7 @@ def _gold(loss: Any, hidden: Tensor, weight: Tensor, upstream: float = 1.7) -> l
 @every_run
 @both_dtypes
 def test_class_weight_is_torchs(run: dict[str, Any], dtype: torch.dtype) -> None:
-    """Mean over the sum of class weights; the z-loss over tokens, as in Liger; label smoothing and all V classes."""
+    """Mean over the sum of class weights; the z-loss over tokens, as in Liger."""
     hidden, weight, labels = _tensors(dtype)
     hidden[0, 3] = torch.nan
     classes = torch.rand(V, dtype=dtype) * 2
@@ -368,7 +368,7 @@ def test_mtp_is_cross_entropy_on_rolled_labels() -> None:
     """Options, weights and reductions are those of cross-entropy; calibrating twice rolls once."""
     hidden, weight, labels = _tensors()
     token_weight, classes = torch.rand(1, T), torch.rand(V)
-    options: dict[str, Any] = {"loss_reduction": "sample", "label_smoothing": 0.1, "z_loss_coef": 0.1}
+    options: dict[str, Any] = {"loss_reduction": "sample", "focal_gamma": 2.0, "z_loss_coef": 0.1}
     rolled = torch.tensor([ce.rolled(labels[0].tolist(), BOUNDS.tolist(), 2, -100)])
     rolled_weight = torch.tensor([ce.rolled(token_weight[0].tolist(), BOUNDS.tolist(), 2, 0.0)])
     want = _step(

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from xloss.errors import DeviceError, ShapeError
+from xloss.errors import DeviceError, ShapeError, UnsupportedError
 from xloss.head.backend import LossTwin
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossContext, TokenLoss, require
@@ -129,13 +129,19 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
             return
         calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
         ignore_idx, options = loss_cfg.ignore_idx, loss_cfg.reduction_options()
+        by_class = any(kwargs.class_weight is not None for kwargs in kwargs_list)
+        if by_class and loss_cfg.label_smoothing:
+            raise UnsupportedError(
+                f"class_weight with label_smoothing={loss_cfg.label_smoothing} would weigh every token of the "
+                "vocabulary by its class, which the statistics do not tell; give one of them"
+            )
 
         def weights(token_weights: list[Tensor | None]) -> list[Tensor]:
             return reduction_weights(kwargs_list, ignore_idx, options, cu_seq_lens_list, sp_mesh, token_weights)
 
         loss_weights = weights([kwargs.label_weight(ignore_idx) for kwargs in kwargs_list])
         z_weights: Sequence[Tensor | None] = [None] * len(kwargs_list)
-        if loss_cfg.z_loss_coef and any(kwargs.class_weight is not None for kwargs in kwargs_list):
+        if by_class and loss_cfg.z_loss_coef:
             z_weights = weights([kwargs.token_weight for kwargs in kwargs_list])
         for kwargs, weight, z_weight in zip(kwargs_list, loss_weights, z_weights, strict=True):
             kwargs.loss_weight, kwargs.z_loss_weight = weight, z_weight
