@@ -29,6 +29,8 @@ from xloss import (
     GRPOLossConfig,
     MTPLossConfig,
     RLLossContextInputItem,
+    SoftCELossConfig,
+    SoftCELossContextInputItem,
     finalize_metrics,
 )
 
@@ -110,7 +112,22 @@ def split_sequence(rank: int) -> dict[str, Any]:
     w = weight().requires_grad_()
     loss, _ = ctx.forward(padded[:, rank * part : (rank + 1) * part], w)
     loss.backward()
-    return results | {"mtp": {"loss": loss.detach(), "grad": w.grad}}
+    results["mtp"] = {"loss": loss.detach(), "grad": w.grad}
+    targets, weights = soft_targets(batch.labels)
+    soft = SoftCELossConfig(mode="chunk", chunk_size=4, grad_reduce="sum")
+    item = SoftCELossContextInputItem(shifted_labels=batch.labels, target_tokens=targets, target_weights=weights)
+    (kwargs,) = soft.loss_ctx_cls.build_batches_loss_kwargs([item.sp_split(mesh)], soft, None, mesh)
+    w = weight().requires_grad_()
+    loss, _ = soft.loss_ctx_cls(soft, kwargs).forward(padded[:, rank * part : (rank + 1) * part], w)
+    loss.backward()
+    return results | {"soft": {"loss": loss.detach(), "grad": w.grad}}
+
+
+def soft_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Three targets a token with random weights, the same in every process."""
+    g = torch.Generator().manual_seed(5)
+    shape = (*labels.shape, 3)
+    return torch.randint(0, V, shape, generator=g), torch.randn(shape, generator=g, dtype=torch.float64)
 
 
 def jobs(rank: int) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -197,7 +214,7 @@ def test_metrics_are_global(ranks: list[dict[str, Any]]) -> None:
             assert seen[name] == pytest.approx(value, rel=1e-12), name
 
 
-@pytest.mark.parametrize("name", ["token", "sample", "square", "mtp"])
+@pytest.mark.parametrize("name", ["token", "sample", "square", "mtp", "soft"])
 def test_split_sequence(ranks: list[dict[str, Any]], name: str) -> None:
     """Two halves of a pack, the second padded: tokens of a sequence are counted, and labels rolled, over both."""
     hidden, batch, cu = micro_batches(0)[0]
@@ -205,8 +222,12 @@ def test_split_sequence(ranks: list[dict[str, Any]], name: str) -> None:
     labels, reduction = batch.labels, name
     if name == "mtp":
         labels, reduction = torch.tensor([ce.rolled(labels[0].tolist(), cu.tolist(), 2, -100)]), "sample"
-    (weights,) = ce.step_weights([labels], [cu], reduction)
-    loss = ce.loss(hidden, w, labels, weights)
+    if name == "soft":
+        targets, target_weights = soft_targets(labels)
+        loss = (ce.soft(hidden[0] @ w.T, targets[0], target_weights[0]) * (labels[0] != -100)).sum()
+    else:
+        (weights,) = ce.step_weights([labels], [cu], reduction)
+        loss = ce.loss(hidden, w, labels, weights)
     seen = [r["sequence"][name] for r in ranks]
     budgets.assert_relative("loss", sum(s["loss"] for s in seen), loss, budgets.F32_LOSS)
     budgets.assert_relative("grad", sum(s["grad"] for s in seen), head.grads(loss, [w])[0], budgets.F32_GRADIENT)
