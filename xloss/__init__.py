@@ -8,8 +8,11 @@ from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext, GRPOLossKwargs, R
 from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
+from xloss.losses.mtp import MTPLossConfig, MTPLossContext, MTPLossContextInputItem, MTPLossKwargs
 from xloss.losses.policies import PolicyLossConfig, register_policy_loss
+from xloss.losses.soft_ce import SoftCELossConfig, SoftCELossContext, SoftCELossContextInputItem, SoftCELossKwargs
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
+from xloss.packing import roll_labels, shift_labels
 from xloss.stats import StatSpec, TokenStats
 
 __version__ = "0.1.0"
@@ -30,11 +33,19 @@ __all__ = [
     "LogProbContext",
     "LogProbKwargs",
     "LossInfo",
+    "MTPLossConfig",
+    "MTPLossContext",
+    "MTPLossContextInputItem",
+    "MTPLossKwargs",
     "Metric",
     "PerBatch",
     "PerToken",
     "PolicyLossConfig",
     "RLLossContextInputItem",
+    "SoftCELossConfig",
+    "SoftCELossContext",
+    "SoftCELossContextInputItem",
+    "SoftCELossKwargs",
     "StatSpec",
     "TokenStats",
     "XlossError",
@@ -43,4 +54,6 @@ __all__ = [
     "linear_logprobs",
     "merge_metrics",
     "register_policy_loss",
+    "roll_labels",
+    "shift_labels",
 ]

@@ -115,6 +115,8 @@ class BaseLossContext(Generic[InputItem]):
     loss_kwargs: BaseLossKwargs
     token_local: ClassVar[bool] = False
     """Promise: ``token_loss`` returns ``[T]`` losses, each of which depends on its own token alone (one-pass plan)."""
+    label_field: ClassVar[str] = "shifted_labels"
+    """The field that ``head_labels`` come from, for error messages."""
 
     def is_token_local(self) -> bool:
         """``token_local``, for losses whose config decides."""
@@ -132,6 +134,7 @@ class BaseLossContext(Generic[InputItem]):
         self.loss_cfg = loss_cfg
         self.loss_kwargs = loss_kwargs
         self.last_plan: Plan | None = None
+        self.vocab_size = 0  # of the head that a forward runs with, for token_loss
 
     # -- building batches ------------------------------------------------------------------------------------------
 
@@ -304,9 +307,10 @@ class BaseLossContext(Generic[InputItem]):
         return self.find_rows() if known is None else known
 
     def live_mask(self) -> Tensor:
-        """``[T]`` bool: label not ignored, and some weight not 0 (when the kwargs mark weights)."""
+        """``[T]`` bool: some label not ignored, and some weight not 0 (when the kwargs mark weights)."""
         kwargs = self.loss_kwargs
-        live = kwargs.shifted_labels.reshape(-1) != self.loss_cfg.ignore_idx
+        live = self.head_labels(kwargs).flatten(0, kwargs.token_axis) != self.loss_cfg.ignore_idx
+        live = live if live.ndim == 1 else live.any(1)
         weights = [value.reshape(-1) for value, mark in kwargs.per_token().values() if mark.weight]
         if weights:
             live = live & torch.stack([w != 0 for w in weights]).any(0)

@@ -44,8 +44,9 @@ class _Run:
                 f"temperature is given per token and as temperature={cfg.temperature} in the config; give one"
             )
         self.inputs: HeadInputs = gather_inputs(
-            hidden, weight, bias, ctx.head_labels(kwargs), temperature, self.options, self.run_options, "shifted_labels"
+            hidden, weight, bias, ctx.head_labels(kwargs), temperature, self.options, self.run_options, ctx.label_field
         )
+        ctx.vocab_size = weight.shape[0]
         self.mode = resolve_mode(mode or cfg.mode, weight.device.type, self.inputs.operand_dtype)
         # a chunk of the kwargs (loss_fn called by hand) has rows of its own
         self.rows: LiveRows = ctx.live_rows() if kwargs is ctx.loss_kwargs else type(ctx)(cfg, kwargs).live_rows()
