@@ -9,6 +9,9 @@ from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.policies import PolicyLossConfig, register_policy_loss
+from xloss.losses.preference import PreferenceLossConfig, PreferenceLossContext
+from xloss.losses.preferences import PreferenceTerm, register_preference_loss
+from xloss.losses.preferences.kwargs import PreferenceLossContextInputItem, PreferenceLossKwargs
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
 from xloss.stats import StatSpec, TokenStats
 
@@ -34,6 +37,11 @@ __all__ = [
     "PerBatch",
     "PerToken",
     "PolicyLossConfig",
+    "PreferenceLossConfig",
+    "PreferenceLossContext",
+    "PreferenceLossContextInputItem",
+    "PreferenceLossKwargs",
+    "PreferenceTerm",
     "RLLossContextInputItem",
     "StatSpec",
     "TokenStats",
@@ -43,4 +51,5 @@ __all__ = [
     "linear_logprobs",
     "merge_metrics",
     "register_policy_loss",
+    "register_preference_loss",
 ]
