@@ -12,6 +12,7 @@ from xloss.losses.policies import PolicyLossConfig, register_policy_loss
 from xloss.losses.preference import PreferenceLossConfig, PreferenceLossContext
 from xloss.losses.preferences import PreferenceTerm, register_preference_loss
 from xloss.losses.preferences.kwargs import PreferenceLossContextInputItem, PreferenceLossKwargs
+from xloss.losses.value import ValueLossConfig, explained_variance
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
 from xloss.stats import StatSpec, TokenStats
 
@@ -45,8 +46,10 @@ __all__ = [
     "RLLossContextInputItem",
     "StatSpec",
     "TokenStats",
+    "ValueLossConfig",
     "XlossError",
     "__version__",
+    "explained_variance",
     "finalize_metrics",
     "linear_logprobs",
     "merge_metrics",

@@ -18,6 +18,7 @@ from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
 from xloss.losses.policies.metrics import policy_metrics
 from xloss.losses.reduced import ReducedLossConfig
 from xloss.losses.reduction import reduction_weights
+from xloss.losses.value import ValueLossConfig, weighted_value_loss
 from xloss.metrics import Metric
 from xloss.packing import Segments, rows_as_segments
 from xloss.policy.batch import PolicyBatch
@@ -36,6 +37,8 @@ class GRPOLossConfig(ReducedLossConfig):
         kl_loss_coef: its factor.
         kl_loss_type: its estimator, required with ``use_kl_loss``.
         entropy_coef: factor of the entropy bonus, with the exact gradient of the full distribution's entropy.
+        value_loss: loss of a critic's ``values``, given to ``forward``; needs ``returns``.
+        value_loss_coef: its factor.
     """
 
     policy_loss_cfg: AnyPolicyLossConfig
@@ -43,6 +46,8 @@ class GRPOLossConfig(ReducedLossConfig):
     kl_loss_coef: float = Field(default=0.001, allow_inf_nan=False)
     kl_loss_type: KLType | None = None
     entropy_coef: float = Field(default=0.0, allow_inf_nan=False)
+    value_loss: ValueLossConfig | None = None
+    value_loss_coef: float = Field(default=0.1, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _kl_type_given(self) -> GRPOLossConfig:
@@ -73,6 +78,8 @@ class RLLossContextInputItem(BaseLossContextInputItem):
         rollout_logprobs: as the sampler reported them.
         is_weights: constant weight on the policy term, correcting sampler against trainer.
         group_ids: number of each token's prompt, the same on all ranks; for losses and reductions over prompts.
+        returns: what the critic's values should be.
+        old_values: of the critic at the start of the step, for ``value_clip``.
     """
 
     advantages: Annotated[Tensor, PerToken(pad=0.0)]
@@ -81,6 +88,8 @@ class RLLossContextInputItem(BaseLossContextInputItem):
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
     group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
+    returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
 
 
 class GRPOLossKwargs(BaseLossKwargs):
@@ -88,7 +97,7 @@ class GRPOLossKwargs(BaseLossKwargs):
 
     Args:
         policy_loss_weight: ``w is_weights``. kl_loss_weight: ``w kl_loss_coef``. entropy_loss_weight:
-            ``w entropy_coef``. All 0 at ignored labels.
+            ``w entropy_coef``. value_loss_weight: ``w value_loss_coef``. All 0 at ignored labels.
         global_grad_tokens: valid tokens of the global batch, 0-d.
     """
 
@@ -98,9 +107,12 @@ class GRPOLossKwargs(BaseLossKwargs):
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
     group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
+    returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     policy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     kl_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     entropy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
+    value_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     global_grad_tokens: Annotated[Tensor | None, PerBatch()] = None
 
 
@@ -137,6 +149,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             )
             kwargs.kl_loss_weight = weight * loss_cfg.kl_loss_coef if loss_cfg.use_kl_loss else None
             kwargs.entropy_loss_weight = weight * loss_cfg.entropy_coef if loss_cfg.entropy_coef else None
+            kwargs.value_loss_weight = None if loss_cfg.value_loss is None else weight * loss_cfg.value_loss_coef
             kwargs.global_grad_tokens = num_tokens
 
     def check_ready(self) -> None:
@@ -157,6 +170,16 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
                 "cu_seq_lens",
                 f"{type(policy).__name__} needs cu_seq_lens_list, [0, {labels.numel()}] if it is one sequence",
             )
+
+    def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
+        cfg, kwargs = self.loss_cfg, self.loss_kwargs
+        if cfg.value_loss is None:
+            return super().value_losses(values)
+        weight = require(kwargs, "value_loss_weight", _CALL_BUILD)
+        require(kwargs, "returns", "value_loss regresses the critic's values on it")
+        if cfg.value_loss.value_clip is not None:
+            require(kwargs, "old_values", f"value_clip={cfg.value_loss.value_clip} needs it")
+        return weighted_value_loss(cfg.value_loss, values, kwargs, weight, cfg.ignore_idx)
 
     def stats_needed(self) -> StatSpec:
         return StatSpec(entropy=self.loss_cfg.entropy_coef != 0 or self.loss_cfg.policy_loss_cfg.needs_entropy)
