@@ -10,7 +10,11 @@ from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.mtp import MTPLossConfig, MTPLossContext, MTPLossContextInputItem, MTPLossKwargs
 from xloss.losses.policies import PolicyLossConfig, register_policy_loss
+from xloss.losses.preference import PreferenceLossConfig, PreferenceLossContext
+from xloss.losses.preferences import PreferenceTerm, register_preference_loss
+from xloss.losses.preferences.kwargs import PreferenceLossContextInputItem, PreferenceLossKwargs
 from xloss.losses.soft_ce import SoftCELossConfig, SoftCELossContext, SoftCELossContextInputItem, SoftCELossKwargs
+from xloss.losses.value import ValueLossConfig, explained_variance
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
 from xloss.packing import roll_labels, shift_labels
 from xloss.stats import StatSpec, TokenStats
@@ -41,6 +45,11 @@ __all__ = [
     "PerBatch",
     "PerToken",
     "PolicyLossConfig",
+    "PreferenceLossConfig",
+    "PreferenceLossContext",
+    "PreferenceLossContextInputItem",
+    "PreferenceLossKwargs",
+    "PreferenceTerm",
     "RLLossContextInputItem",
     "SoftCELossConfig",
     "SoftCELossContext",
@@ -48,12 +57,15 @@ __all__ = [
     "SoftCELossKwargs",
     "StatSpec",
     "TokenStats",
+    "ValueLossConfig",
     "XlossError",
     "__version__",
+    "explained_variance",
     "finalize_metrics",
     "linear_logprobs",
     "merge_metrics",
     "register_policy_loss",
+    "register_preference_loss",
     "roll_labels",
     "shift_labels",
 ]

@@ -219,6 +219,12 @@ class BaseLossContext(Generic[InputItem]):
         """
         raise NotImplementedError(f"{type(self).__name__} must define token_loss or loss_fn")
 
+    def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
+        """Weighted value loss of each token, in the shape of the labels, to add to the loss; and its metrics."""
+        if values is not None:
+            raise OptionError(f"values is given, but {type(self).__name__} has no value loss; leave it out")
+        return None
+
     def twin(self, loss_kwargs: Any) -> LossTwin | None:
         """``token_loss`` as a kernel knows it, for ``loss_kwargs`` of live tokens; ``None`` where no kernel does."""
         return None
@@ -245,7 +251,11 @@ class BaseLossContext(Generic[InputItem]):
 
     @outside_compile
     def forward(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None = None,
+        values: Tensor | None = None,
     ) -> tuple[Tensor, LossInfo]:
         """Loss of this micro-batch (its share of the global one) and what was seen on the way.
 
@@ -253,6 +263,7 @@ class BaseLossContext(Generic[InputItem]):
             hidden_states: ``[T, H]``, ``[1, T, H]`` or ``[B, S, H]``, leading shape of ``shifted_labels``.
             head_weight: ``[V, H]``.
             head_bias: ``[V]`` or ``None``.
+            values: of a critic, in the shape of ``shifted_labels``, with gradient; for losses with a value loss.
 
         Returns:
             The loss, 0-d float32 (float64 for float64), to minimise; and a ``LossInfo``, which unpacks as
@@ -263,11 +274,15 @@ class BaseLossContext(Generic[InputItem]):
         """
         self.loss_kwargs.check()
         self.check_ready()
+        beside = self.value_losses(values)
         if self.has_own_loss_fn:
             loss, info = run.run_loss_fn(self, hidden_states, head_weight, head_bias)
         else:
             loss, info = run.run_token_loss(self, hidden_states, head_weight, head_bias, self.loss_kwargs)
         self.last_plan = info.plan
+        if beside is not None:
+            loss = loss + beside[0].sum().to(loss.dtype)
+            info.add(loss, *beside)
         return loss, info
 
     __call__ = forward

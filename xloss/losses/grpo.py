@@ -21,6 +21,7 @@ from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
 from xloss.losses.policies.base import Coupling
 from xloss.losses.policies.metrics import policy_metrics
 from xloss.losses.reduction import Reduction, ReductionOptions, reduction_weights
+from xloss.losses.value import ValueLossConfig, weighted_value_loss
 from xloss.metrics import Metric
 from xloss.packing import Segments, rows_as_segments
 from xloss.policy.batch import PolicyBatch
@@ -37,11 +38,15 @@ class GRPOLossConfig(MaskedLossConfig):
         policy_loss_cfg: a typed policy loss or a dict of its fields, tagged by ``loss_type``.
         entropy_coef: factor of the entropy bonus, with the exact gradient of the full distribution's entropy.
         entropy_reduction: how the entropy bonus is averaged, if not by ``loss_reduction`` (TRL: ``token``).
+        value_loss: loss of a critic's ``values``, given to ``forward``; needs ``returns``.
+        value_loss_coef: its factor.
     """
 
     policy_loss_cfg: AnyPolicyLossConfig
     entropy_coef: float = Field(default=0.0, allow_inf_nan=False)
     entropy_reduction: Reduction | None = None
+    value_loss: ValueLossConfig | None = None
+    value_loss_coef: float = Field(default=0.1, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _entropy_reduction_holds(self) -> GRPOLossConfig:
@@ -96,6 +101,8 @@ class RLLossContextInputItem(BaseLossContextInputItem):
         rollout_logprobs: as the sampler reported them.
         is_weights: constant weight on the policy term, correcting sampler against trainer.
         group_ids: number of each token's prompt, the same on all ranks; for losses and reductions over prompts.
+        returns: what the critic's values should be.
+        old_values: of the critic at the start of the step, for ``value_clip``.
     """
 
     advantages: Annotated[Tensor, PerToken(pad=0.0)]
@@ -104,6 +111,8 @@ class RLLossContextInputItem(BaseLossContextInputItem):
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
     group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
+    returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
 
 
 class GRPOLossKwargs(BaseLossKwargs):
@@ -111,7 +120,7 @@ class GRPOLossKwargs(BaseLossKwargs):
 
     Args:
         policy_loss_weight: ``w is_weights``. kl_loss_weight: ``w kl_loss_coef``. entropy_loss_weight:
-            ``w entropy_coef``. All 0 at ignored labels.
+            ``w entropy_coef``. value_loss_weight: ``w value_loss_coef``. All 0 at ignored labels.
         global_grad_tokens: valid tokens of the global batch, 0-d.
     """
 
@@ -121,9 +130,12 @@ class GRPOLossKwargs(BaseLossKwargs):
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
     group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
+    returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     policy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     kl_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     entropy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
+    value_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     global_grad_tokens: Annotated[Tensor | None, PerBatch()] = None
 
 
@@ -177,6 +189,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             )
             kwargs.kl_loss_weight = weight * loss_cfg.kl_loss_coef if loss_cfg.use_kl_loss else None
             kwargs.entropy_loss_weight = entropy_weight * loss_cfg.entropy_coef if loss_cfg.entropy_coef else None
+            kwargs.value_loss_weight = None if loss_cfg.value_loss is None else weight * loss_cfg.value_loss_coef
             kwargs.global_grad_tokens = num_tokens
 
     def check_ready(self) -> None:
@@ -201,6 +214,16 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if coupled.keys() & {"sequence", "group"} and (labels.ndim == 1 or labels.shape[0] == 1):
             why = f"{self.why_coupled()}: cu_seq_lens_list tells which, [0, {labels.numel()}] if it is one"
             require(self.loss_kwargs, "cu_seq_lens", why)
+
+    def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
+        cfg, kwargs = self.loss_cfg, self.loss_kwargs
+        if cfg.value_loss is None:
+            return super().value_losses(values)
+        weight = require(kwargs, "value_loss_weight", _CALL_BUILD)
+        require(kwargs, "returns", "value_loss regresses the critic's values on it")
+        if cfg.value_loss.value_clip is not None:
+            require(kwargs, "old_values", f"value_clip={cfg.value_loss.value_clip} needs it")
+        return weighted_value_loss(cfg.value_loss, values, kwargs, weight, cfg.ignore_idx)
 
     def stats_needed(self) -> StatSpec:
         cfg = self.loss_cfg
