@@ -16,6 +16,7 @@ from xloss.head.dispatch import Mode, RunOptions
 from xloss.head.options import HeadOptions, LiveRows
 from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
+from xloss.head.teacher import Teacher
 from xloss.losses import run
 from xloss.losses.info import LossInfo
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, StrictModel
@@ -204,6 +205,17 @@ class BaseLossContext(Generic[InputItem]):
         labels: Tensor = loss_kwargs.shifted_labels
         return labels
 
+    def head_temperature(self, loss_kwargs: Any) -> float | Tensor:
+        """What divides the logits of every statistic: the batch's number per token, or else the config's."""
+        if loss_kwargs.temperature is None:
+            return self.loss_cfg.temperature
+        if self.loss_cfg.temperature != 1.0:
+            raise OptionError(
+                f"temperature is given per token and as temperature={self.loss_cfg.temperature} in the config; give one"
+            )
+        per_token: Tensor = loss_kwargs.temperature
+        return per_token
+
     def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> TokenLoss:
         """The loss from per-token vectors: ``[T]`` losses or a scalar, alone or with a dict of metrics.
 
@@ -254,16 +266,24 @@ class BaseLossContext(Generic[InputItem]):
         Raises:
             ShapeError, DtypeError, DeviceError, LabelError, MissingFieldError, UnsupportedError: before any work.
         """
+        return self.run_forward(hidden_states, head_weight, head_bias)
+
+    __call__ = forward
+
+    def run_forward(
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, teacher: Teacher | None = None
+    ) -> tuple[Tensor, LossInfo]:
+        """``forward``, for losses whose own ``forward`` takes a ``teacher``, a second distribution, as well."""
         self.loss_kwargs.check()
         self.check_ready()
         if self.has_own_loss_fn:
             loss, info = run.run_loss_fn(self, hidden_states, head_weight, head_bias)
         else:
-            loss, info = run.run_token_loss(self, hidden_states, head_weight, head_bias, self.loss_kwargs)
+            loss, info = run.run_token_loss(
+                self, hidden_states, head_weight, head_bias, self.loss_kwargs, None, teacher
+            )
         self.last_plan = info.plan
         return loss, info
-
-    __call__ = forward
 
     def explain(
         self,
@@ -275,11 +295,21 @@ class BaseLossContext(Generic[InputItem]):
 
         Without inputs: what the last ``forward`` of this context did.
         """
+        return self.run_explain(hidden_states, head_weight, head_bias)
+
+    def run_explain(
+        self,
+        hidden_states: Tensor | None,
+        head_weight: Tensor | None,
+        head_bias: Tensor | None,
+        teacher: Teacher | None = None,
+    ) -> Plan:
+        """``explain``, for losses whose ``forward`` takes a ``teacher`` as well."""
         if hidden_states is None or head_weight is None:
             if self.last_plan is None:
                 raise MissingFieldError("explain() needs hidden_states and head_weight before the first forward")
             return self.last_plan
-        return run.explain(self, hidden_states, head_weight, head_bias)
+        return run.explain(self, hidden_states, head_weight, head_bias, teacher)
 
     # -- live rows -------------------------------------------------------------------------------------------------
 

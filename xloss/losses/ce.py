@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.head.backend import LossTwin
-from xloss.losses import calibration
 from xloss.losses.base import BaseLossContext, TokenLoss, require
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken
 from xloss.losses.reduced import ReducedLossConfig
-from xloss.losses.reduction import reduction_weights
+from xloss.losses.reduction import attach_token_weights
 from xloss.metrics import Metric
 from xloss.stats import StatSpec, TokenStats
 
@@ -67,19 +66,8 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         cu_seq_lens_list: Sequence[Tensor] | None,
         sp_mesh: DeviceMesh | None,
     ) -> None:
-        if not kwargs_list:
-            return
-        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
-        weights = reduction_weights(
-            kwargs_list,
-            loss_cfg.ignore_idx,
-            loss_cfg.reduction_options(),
-            cu_seq_lens_list,
-            sp_mesh,
-            [kwargs.token_weight for kwargs in kwargs_list],
-        )
-        for kwargs, weight in zip(kwargs_list, weights, strict=True):
-            kwargs.loss_weight = weight
+        options = loss_cfg.reduction_options()
+        attach_token_weights(kwargs_list, loss_cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "loss_weight", "call build_batches on the contexts of this optimizer step first")
