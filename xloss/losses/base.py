@@ -16,7 +16,6 @@ from xloss.head.dispatch import Mode, RunOptions
 from xloss.head.options import HeadOptions, LiveRows
 from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
-from xloss.head.teacher import Teacher
 from xloss.losses import run
 from xloss.losses.info import LossInfo
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, StrictModel
@@ -266,24 +265,9 @@ class BaseLossContext(Generic[InputItem]):
         Raises:
             ShapeError, DtypeError, DeviceError, LabelError, MissingFieldError, UnsupportedError: before any work.
         """
-        return self.run_forward(hidden_states, head_weight, head_bias)
+        return run.forward(self, hidden_states, head_weight, head_bias)
 
     __call__ = forward
-
-    def run_forward(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, teacher: Teacher | None = None
-    ) -> tuple[Tensor, LossInfo]:
-        """``forward``, for losses whose own ``forward`` takes a ``teacher``, a second distribution, as well."""
-        self.loss_kwargs.check()
-        self.check_ready()
-        if self.has_own_loss_fn:
-            loss, info = run.run_loss_fn(self, hidden_states, head_weight, head_bias)
-        else:
-            loss, info = run.run_token_loss(
-                self, hidden_states, head_weight, head_bias, self.loss_kwargs, None, teacher
-            )
-        self.last_plan = info.plan
-        return loss, info
 
     def explain(
         self,
@@ -295,21 +279,7 @@ class BaseLossContext(Generic[InputItem]):
 
         Without inputs: what the last ``forward`` of this context did.
         """
-        return self.run_explain(hidden_states, head_weight, head_bias)
-
-    def run_explain(
-        self,
-        hidden_states: Tensor | None,
-        head_weight: Tensor | None,
-        head_bias: Tensor | None,
-        teacher: Teacher | None = None,
-    ) -> Plan:
-        """``explain``, for losses whose ``forward`` takes a ``teacher`` as well."""
-        if hidden_states is None or head_weight is None:
-            if self.last_plan is None:
-                raise MissingFieldError("explain() needs hidden_states and head_weight before the first forward")
-            return self.last_plan
-        return run.explain(self, hidden_states, head_weight, head_bias, teacher)
+        return run.explain(self, hidden_states, head_weight, head_bias)
 
     # -- live rows -------------------------------------------------------------------------------------------------
 

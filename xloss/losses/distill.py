@@ -10,15 +10,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from xloss.errors import MissingFieldError, OptionError
 from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
-from xloss.head.teacher import LogitsFn, Teacher, TeacherHead, TeacherLogits
+from xloss.head.teacher import LogitsFn, Teacher
+from xloss.losses import run
 from xloss.losses.base import BaseLossContext, TokenLoss, require
 from xloss.losses.info import LossInfo
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken
 from xloss.losses.reduced import ReducedLossConfig
 from xloss.losses.reduction import attach_token_weights
+from xloss.losses.teacher import GivenTeacher
 from xloss.metrics import Metric
 from xloss.policy.divergence import Divergence, DivergenceKind
 from xloss.policy.topk import TopKMode, check_topk, topk_divergence
@@ -58,7 +59,7 @@ class DistillLossConfig(ReducedLossConfig):
     divergence: DivergenceKind = "forward_kl"
     beta: float | None = Field(default=None, ge=0, le=1)
     mixed_kl_weight: float | None = Field(default=None, ge=0, le=1)
-    skew_lambda: float | None = Field(default=None, ge=0, le=1)
+    skew_lambda: float | None = Field(default=None, ge=0, lt=1)
     teacher_temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     t2_factor: bool = False
     hard_weight: float = Field(default=0.0, allow_inf_nan=False)
@@ -170,8 +171,8 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
             teacher_logits_fn: instead of tensors in the batch: given int64 numbers ``[C]`` of tokens (of the flattened
                 batch), their logits ``[C, V]``. It may be asked twice for a token and must give the same.
         """
-        teacher = self.teacher(teacher_head_weight, teacher_head_bias, teacher_logits_fn)
-        return self.run_forward(hidden_states, head_weight, head_bias, teacher)
+        given = GivenTeacher(teacher_head_weight, teacher_head_bias, teacher_logits_fn)
+        return run.forward(self, hidden_states, head_weight, head_bias, self._teacher(given))
 
     __call__ = forward
 
@@ -186,65 +187,21 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
         teacher_logits_fn: LogitsFn | None = None,
     ) -> Plan:
         """As ``BaseLossContext.explain``; takes what ``forward`` takes."""
-        if hidden_states is None or head_weight is None:
-            return self.run_explain(hidden_states, head_weight, head_bias)
-        teacher = self.teacher(teacher_head_weight, teacher_head_bias, teacher_logits_fn)
-        return self.run_explain(hidden_states, head_weight, head_bias, teacher)
+        if hidden_states is None:
+            return run.explain(self, None, None, None)
+        given = GivenTeacher(teacher_head_weight, teacher_head_bias, teacher_logits_fn)
+        return run.explain(self, hidden_states, head_weight, head_bias, self._teacher(given))
 
-    def teacher(self, weight: Tensor | None, bias: Tensor | None, logits_fn: LogitsFn | None) -> Teacher | None:
-        """The one teacher given, checked against ``topk_mode``; ``None`` for a top-k one: it needs no second head."""
+    def _teacher(self, given: GivenTeacher) -> Teacher | None:
+        """The second distribution; ``None`` for a top-k teacher, which needs no second head."""
         cfg, kw = self.loss_cfg, self.loss_kwargs
-        sources = {
-            "teacher_hidden_states": kw.teacher_hidden_states,
-            "teacher_logits": kw.teacher_logits,
-            "teacher_logits_fn": logits_fn,
-            "teacher_topk_ids": kw.teacher_topk_ids,
-        }
-        given = [name for name, value in sources.items() if value is not None]
-        if len(given) != 1:
-            raise MissingFieldError(f"give one teacher, as one of {tuple(sources)}; got {tuple(given)}")
-        if (given[0] == "teacher_topk_ids") != (cfg.topk_mode is not None):
-            raise OptionError(f"topk_mode={cfg.topk_mode!r} does not go with {given[0]}: it is for teacher_topk_ids")
-        if (given[0] == "teacher_hidden_states") != (weight is not None) or (weight is None and bias is not None):
-            raise MissingFieldError(
-                "teacher_hidden_states and forward's teacher_head_weight (with teacher_head_bias) come together"
-            )
-        if cfg.topk_mode is not None:
-            self._check_topk()
+        source = given.source(cfg, kw)
+        if source is None:
             return None
-        own = torch.Size(kw.shifted_labels.shape)
-        temperature = self.tau(kw)
-        if isinstance(temperature, Tensor):
-            temperature = temperature.reshape(-1)
-        source: TeacherHead | TeacherLogits
-        if weight is not None:
-            assert kw.teacher_hidden_states is not None
-            hidden = kw.teacher_hidden_states.reshape(own.numel(), -1)
-            source = TeacherHead(hidden, weight, bias, cfg.teacher_logit_scale, cfg.teacher_softcap)
-        else:
-            if cfg.teacher_logit_scale != 1.0 or cfg.teacher_softcap is not None:
-                raise OptionError(
-                    "teacher_logit_scale and teacher_softcap belong to a teacher's head; logits have them"
-                )
-            logits = kw.teacher_logits
-            source = TeacherLogits(logits_fn if logits is None else logits.reshape(own.numel(), -1))  # type: ignore[arg-type]
-        return Teacher(source, cfg.divergence_of(), cfg.teacher_temperature or temperature, temperature)
-
-    def _check_topk(self) -> None:
-        cfg, kw = self.loss_cfg, self.loss_kwargs
-        logprobs = require(kw, "teacher_topk_logprobs", "teacher_topk_ids need them")
-        assert kw.teacher_topk_ids is not None
-        if kw.teacher_topk_ids.shape != logprobs.shape:
-            raise OptionError(
-                f"teacher_topk_ids {tuple(kw.teacher_topk_ids.shape)} and teacher_topk_logprobs "
-                f"{tuple(logprobs.shape)} must have one shape"
-            )
-        tempered = kw.temperature is not None or cfg.temperature != 1.0
-        if tempered and cfg.hard_weight and cfg.topk_mode != "renormalized":
-            raise OptionError(
-                f"hard_weight={cfg.hard_weight} at temperature 1 and topk_mode={cfg.topk_mode!r} at another need two "
-                "normalisers of one token; use topk_mode='renormalized', or two contexts"
-            )
+        tau = self.tau(kw)
+        if isinstance(tau, Tensor):
+            tau = tau.reshape(-1)
+        return Teacher(source, cfg.divergence_of(), cfg.teacher_temperature or tau, tau)
 
     def tau(self, loss_kwargs: Any) -> float | Tensor:
         """Temperature of the divergence."""

@@ -159,6 +159,20 @@ class _Run:
         )
 
 
+def forward(
+    ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher | None = None
+) -> tuple[Tensor, LossInfo]:
+    """Loss and info of a context; ``teacher`` where its loss is about a second distribution."""
+    ctx.loss_kwargs.check()
+    ctx.check_ready()
+    if ctx.has_own_loss_fn:
+        loss, info = run_loss_fn(ctx, hidden, weight, bias)
+    else:
+        loss, info = run_token_loss(ctx, hidden, weight, bias, ctx.loss_kwargs, None, teacher)
+    ctx.last_plan = info.plan
+    return loss, info
+
+
 def _mode_with_teacher(mode: Mode) -> tuple[Mode, tuple[str, ...]]:
     """The mode that can, and why: the Triton kernels know one distribution."""
     if mode == "fused":
@@ -252,8 +266,14 @@ def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
     return loss, LossInfo(loss=loss.detach(), plan=plan, logits=logits, metrics=metrics, user_info=others)
 
 
-def explain(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher | None = None) -> Plan:
-    """The plan ``forward`` would follow."""
+def explain(
+    ctx: Ctx, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, teacher: Teacher | None = None
+) -> Plan:
+    """The plan ``forward`` would follow; without inputs, what the last one did."""
+    if hidden is None or weight is None:
+        if ctx.last_plan is None:
+            raise MissingFieldError("explain() needs hidden_states and head_weight before the first forward")
+        return ctx.last_plan
     if not ctx.has_own_loss_fn:
         return _Run(ctx, hidden, weight, bias, ctx.loss_kwargs, None, teacher).plan
     cfg, kwargs = ctx.loss_cfg, ctx.loss_kwargs

@@ -51,7 +51,7 @@ class Divergence:
     - ``cross_entropy``: ``-sum q log p``, F without the teacher's entropy
     - ``cosine``: ``1 - cos(z_p, z_q)`` of the logits themselves
 
-    Raises ``OptionError`` for another kind, for ``mix`` outside [0, 1], and for a kind that has none.
+    Raises ``OptionError`` for another kind, for ``mix`` outside [0, 1] (skewed: [0, 1)), and for a kind that has none.
     """
 
     kind: DivergenceKind = "forward_kl"
@@ -64,6 +64,8 @@ class Divergence:
             raise OptionError(f"mix={self.mix} belongs to {tuple(DEFAULT_MIX)}; divergence={self.kind!r} has none")
         if self.mix is not None and not 0 <= self.mix <= 1:
             raise OptionError(f"mix must be in [0, 1]; got {self.mix}")
+        if self.mix == 1 and self.kind.startswith("skewed"):
+            raise OptionError(f"mix must be below 1 for divergence={self.kind!r}, which is 0 at 1 whatever p and q are")
 
     @property
     def share(self) -> float:
@@ -133,11 +135,12 @@ def _slope(log_p: Tensor, log_q: Tensor, of: Divergence) -> Tensor:
     if kind == "skewed_reverse_kl":
         ratio = log_p - _log_mix(log_p, log_q, 1 - x)
         return log_p.exp() * (ratio - x * ratio.exp())
+    if kind == "nla":  # p / alpha where p < q, at most 1 however small alpha is; half of it where they are equal
+        share = (log_p - _log_acceptance(log_p, log_q).unsqueeze(-1)).clamp_(max=0).exp_()
+        return share * (torch.sign(log_p - log_q) - 1).mul_(0.5)
     half_sign = 0.5 * torch.sign(log_p - log_q) * log_p.exp()
     if kind == "tvd":
         return half_sign
-    if kind == "nla":
-        return half_sign / _log_acceptance(log_p, log_q).exp().unsqueeze(-1)
     k = _lk_weight(log_p, log_q).unsqueeze(-1)
     return (1 - k) * half_sign - k * log_q.exp()
 
