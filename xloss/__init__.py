@@ -4,6 +4,12 @@ from xloss.errors import XlossError
 from xloss.head.linear_logprobs import linear_logprobs
 from xloss.losses.base import BaseLossConfig, BaseLossContext
 from xloss.losses.ce import CELossConfig, CELossContext, CELossContextInputItem, CELossKwargs
+from xloss.losses.distill import (
+    DistillLossConfig,
+    DistillLossContext,
+    DistillLossContextInputItem,
+    DistillLossKwargs,
+)
 from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext, GRPOLossKwargs, RLLossContextInputItem
 from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
@@ -30,6 +36,10 @@ __all__ = [
     "CELossContext",
     "CELossContextInputItem",
     "CELossKwargs",
+    "DistillLossConfig",
+    "DistillLossContext",
+    "DistillLossContextInputItem",
+    "DistillLossKwargs",
     "GRPOLossConfig",
     "GRPOLossContext",
     "GRPOLossKwargs",

@@ -211,6 +211,17 @@ class BaseLossContext(Generic[InputItem]):
         labels: Tensor = loss_kwargs.shifted_labels
         return labels
 
+    def head_temperature(self, loss_kwargs: Any) -> float | Tensor:
+        """What divides the logits of every statistic: the batch's number per token, or else the config's."""
+        if loss_kwargs.temperature is None:
+            return self.loss_cfg.temperature
+        if self.loss_cfg.temperature != 1.0:
+            raise OptionError(
+                f"temperature is given per token and as temperature={self.loss_cfg.temperature} in the config; give one"
+            )
+        per_token: Tensor = loss_kwargs.temperature
+        return per_token
+
     def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> TokenLoss:
         """The loss from per-token vectors: ``[T]`` losses or a scalar, alone or with a dict of metrics.
 
@@ -272,18 +283,7 @@ class BaseLossContext(Generic[InputItem]):
         Raises:
             ShapeError, DtypeError, DeviceError, LabelError, MissingFieldError, UnsupportedError: before any work.
         """
-        self.loss_kwargs.check()
-        self.check_ready()
-        beside = self.value_losses(values)
-        if self.has_own_loss_fn:
-            loss, info = run.run_loss_fn(self, hidden_states, head_weight, head_bias)
-        else:
-            loss, info = run.run_token_loss(self, hidden_states, head_weight, head_bias, self.loss_kwargs)
-        self.last_plan = info.plan
-        if beside is not None:
-            loss = loss + beside[0].sum().to(loss.dtype)
-            info.add(loss, *beside)
-        return loss, info
+        return run.forward(self, hidden_states, head_weight, head_bias, values=values)
 
     __call__ = forward
 
@@ -297,10 +297,6 @@ class BaseLossContext(Generic[InputItem]):
 
         Without inputs: what the last ``forward`` of this context did.
         """
-        if hidden_states is None or head_weight is None:
-            if self.last_plan is None:
-                raise MissingFieldError("explain() needs hidden_states and head_weight before the first forward")
-            return self.last_plan
         return run.explain(self, hidden_states, head_weight, head_bias)
 
     # -- live rows -------------------------------------------------------------------------------------------------

@@ -39,11 +39,13 @@ class PerToken:
     ``pad`` fills positions added when a sequence is split over ranks; a float one asks for a floating dtype.
     ``weight=True``: the loss of a token is multiplied by this, so tokens for which every such field is 0 are left out
     of the head altogether. ``trailing=True``: one more axis follows the token axes (``[.., T, K]``).
+    ``head_only=True``: the head reads it where it stands, however large; ``token_loss`` finds ``None``.
     """
 
     pad: float = 0.0
     weight: bool = False
     trailing: bool = False
+    head_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,4 +224,5 @@ class BaseLossKwargs(TokenBatch):
             x = x.detach().flatten(0, self.token_axis)
             return x.to(dtype) if x.dtype.is_floating_point else x
 
-        return self.map_tokens(flatten)
+        not_read = {name: None for name, (_, mark) in self.per_token().items() if mark.head_only}
+        return self.replaced(not_read).map_tokens(flatten)
