@@ -9,6 +9,8 @@ from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.policies import PolicyLossConfig, register_policy_loss
+from xloss.losses.rollout_correction import Rejection, RolloutCorrection
+from xloss.losses.xtuner_rollout import RolloutImportanceSampling
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
 from xloss.stats import StatSpec, TokenStats
 
@@ -35,6 +37,9 @@ __all__ = [
     "PerToken",
     "PolicyLossConfig",
     "RLLossContextInputItem",
+    "Rejection",
+    "RolloutCorrection",
+    "RolloutImportanceSampling",
     "StatSpec",
     "TokenStats",
     "XlossError",

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss import distributed, shapes
 from xloss.errors import MissingFieldError, OptionError, ShapeError, unknown_name
 from xloss.head.options import LiveRows
+from xloss.metrics import Metric, merge_metrics
 from xloss.packing import check_cu_seq_lens
 
 
@@ -131,6 +132,16 @@ class BaseLossKwargs(TokenBatch):
 
     cu_seq_lens: Annotated[Tensor | None, PerBatch()] = None
     _rows: tuple[object, list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
+    _metrics: dict[str, Metric] = PrivateAttr(default_factory=dict)
+
+    @property
+    def built_metrics(self) -> dict[str, Metric]:
+        """Figures found where the batch was built; they join those of its forward."""
+        return self._metrics
+
+    def keep_metrics(self, metrics: dict[str, Metric]) -> None:
+        """Report these with this batch."""
+        self._metrics = metrics
 
     def remember_rows(self, rows: LiveRows, config: object) -> None:
         """Keep live rows counted for these tensors and ``config``; a tensor replaced or written to ends that."""
@@ -151,6 +162,7 @@ class BaseLossKwargs(TokenBatch):
         config = None if self._rows is None else self._rows[0]
         rows = self.known_rows(config)
         super().to(device)
+        self._metrics = {name: metric.to(device) for name, metric in self._metrics.items()}
         if rows is not None:
             self.remember_rows(rows.to(device), config)
         return self
@@ -184,6 +196,7 @@ class BaseLossKwargs(TokenBatch):
             if self.cu_seq_lens is not None:
                 piece.cu_seq_lens = (self.cu_seq_lens - start).clamp(0, stop - start)
             pieces.append(piece)
+        pieces[0].keep_metrics(self._metrics)
         return pieces
 
     @classmethod
@@ -206,7 +219,9 @@ class BaseLossKwargs(TokenBatch):
                 bounds.append(c.cu_seq_lens[1 if bounds else 0 :] + offset)
                 offset += c.shifted_labels.shape[-1]
             joined["cu_seq_lens"] = torch.cat(bounds)
-        return first.replaced(joined)
+        whole = first.replaced(joined)
+        whole.keep_metrics(merge_metrics([c.built_metrics for c in chunks]))
+        return whole
 
     def flat(self, dtype: torch.dtype) -> Self:
         """A copy with per-token tensors as ``[T]`` (or ``[T, K]``), floats in ``dtype``, detached."""
