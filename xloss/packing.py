@@ -84,7 +84,7 @@ class Segments:
     def max(self, values: Tensor) -> Tensor:
         """Largest value of the valid tokens of each sequence, ``[count]``; 0 where there is none."""
         lowest = values.new_full((self.count,), -torch.inf)
-        found = lowest.index_reduce(0, self.ids, values.masked_fill(~self.valid, -torch.inf), "amax")
+        found = lowest.scatter_reduce(0, self.ids, values.masked_fill(~self.valid, -torch.inf), "amax")
         return found.masked_fill(self.lengths(values) == 0, 0)
 
     def spread(self, per_sequence: Tensor) -> Tensor:

@@ -102,9 +102,7 @@ class RolloutImportanceSampling(StrictModel):
         valid = response_mask.reshape(-1).bool()
         ends = torch.as_tensor(num_tokens, device=valid.device).cumsum(0)
         if int(ends[-1]) != valid.numel():
-            raise ShapeError(
-                f"num_tokens must add up to {valid.numel()} as response_mask has; got {int(ends[-1])}"
-            )
+            raise ShapeError(f"num_tokens must add up to {valid.numel()} as response_mask has; got {int(ends[-1])}")
         old, rollout = (x.reshape(-1) for x in (old_log_prob, rollout_log_prob))
         x = log_mismatch(old, rollout)
         pack = Segments.of(torch.tensor([0, valid.numel()], device=valid.device), valid)
