@@ -10,7 +10,8 @@ from xloss.losses.distill import (
     DistillLossContextInputItem,
     DistillLossKwargs,
 )
-from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext, GRPOLossKwargs, RLLossContextInputItem
+from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext
+from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem
 from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
@@ -19,8 +20,10 @@ from xloss.losses.policies import PolicyLossConfig, register_policy_loss
 from xloss.losses.preference import PreferenceLossConfig, PreferenceLossContext
 from xloss.losses.preferences import PreferenceTerm, register_preference_loss
 from xloss.losses.preferences.kwargs import PreferenceLossContextInputItem, PreferenceLossKwargs
+from xloss.losses.rollout_correction import Rejection, RolloutCorrection
 from xloss.losses.soft_ce import SoftCELossConfig, SoftCELossContext, SoftCELossContextInputItem, SoftCELossKwargs
 from xloss.losses.value import ValueLossConfig, explained_variance
+from xloss.losses.xtuner_rollout import RolloutImportanceSampling
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
 from xloss.packing import roll_labels, shift_labels
 from xloss.stats import StatSpec, TokenStats
@@ -61,6 +64,9 @@ __all__ = [
     "PreferenceLossKwargs",
     "PreferenceTerm",
     "RLLossContextInputItem",
+    "Rejection",
+    "RolloutCorrection",
+    "RolloutImportanceSampling",
     "SoftCELossConfig",
     "SoftCELossContext",
     "SoftCELossContextInputItem",

@@ -66,7 +66,7 @@ class _Run:
         # a chunk of the kwargs (loss_fn called by hand) has rows of its own
         self.rows: LiveRows = ctx.live_rows() if kwargs is ctx.loss_kwargs else type(ctx)(cfg, kwargs).live_rows()
         self.kwargs = kwargs.flat(gemm.accumulate_dtype(self.inputs.operand_dtype))
-        self.metrics: list[dict[str, Metric]] = []
+        self.metrics: list[dict[str, Metric]] = [kwargs.built_metrics]
         self.kind, why = self._choose()
         self.reasons: tuple[str, ...] = beside + why
 
