@@ -32,7 +32,7 @@ class StrictModel(BaseModel):
         return data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # typing caches Annotated by equality, and 0 == 0.0
 class PerToken:
     """Marks a tensor field with one value per token, shaped like ``shifted_labels``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from xloss.losses.policies.base import PolicyLossConfig, Twin, register_policy_loss
@@ -61,6 +61,12 @@ class PPOConfig(ClippedRatioConfig):
     cliprange_high: float | None = Field(default=0.2, ge=0)
     dual_clip_c: float | None = Field(default=None, gt=1)
     delta: float | None = Field(default=None, gt=1)
+
+    @model_validator(mode="after")
+    def _delta_is_outside(self) -> PPOConfig:
+        if self.delta is not None and self.delta < self.ratio_bounds()[1]:
+            raise ValueError(f"delta={self.delta} is below the upper bound of the ratio, {self.ratio_bounds()[1]}")
+        return self
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
         low, high = self.ratio_bounds()
