@@ -131,7 +131,8 @@ def dppo_kl(lp: Tensor, old: Tensor, adv: Tensor, cfg: Config) -> Tensor:
 
 
 def ref_kl(lp: Tensor, old: Tensor, ref: Tensor, cfg: Config) -> Tensor:
-    """prime-rl's distillation: A = ref - lp, dropped where the probability fell by more than delta_low."""
+    """prime-rl's distillation: A = ref - lp, dropped where the probability fell by more than delta_low. It takes ref in
+    the place of the advantage."""
     keep = lp.detach().exp() - old.exp() >= -cfg.get("delta_low", 0.2)
     return _masked(
         lp, old, (ref - lp).detach(), keep, {"ratio_cap": None, "log_ratio_clamp": None, "kl_tau": 1e-3} | cfg
@@ -149,4 +150,5 @@ TOKEN_POLICY: dict[str, Callable[[Tensor, Tensor, Tensor, Config], Tensor]] = {
     "kimi": kimi,
     "dppo_tv": dppo_tv,
     "dppo_kl": dppo_kl,
+    "ref_kl": ref_kl,
 }
