@@ -13,7 +13,7 @@ from xloss.losses.reduced import ReducedLossConfig
 from xloss.policy.batch import PolicyBatch
 from xloss.policy.kl import KLGrad, KLType, kl_limits, kl_penalty
 
-Limit = Annotated[float, Field(gt=0)] | Literal["auto"] | None
+Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] | None
 
 
 class KLPenaltyConfig(ReducedLossConfig):
