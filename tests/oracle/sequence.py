@@ -5,6 +5,7 @@ d = lp - old at a counted token, T_i counted tokens in sequence i, sg(x) a const
 ratio at a level   token: exp(d)   sequence: exp(mean_i d)   sequence_sum: exp(sum_i d)   segment: exp(mean of a turn)
                    sequence_token: exp(lp - sg(lp) + sg(mean_i d));  a turn: counted tokens without a gap
 ppo                max(-min(r, delta) A, -clip(r, 1 - lo, 1 + hi) A);  for A < 0 at most -c A
+reinforce          -A lp
 cispo              -sg(clip(r, lo, hi)) A lp               sapo   -4 / tau sigmoid(tau (r - 1)) A, tau by A > 0
 gspo, gspo_token, segment_ratio, rloo   ppo at sequence, sequence_token, segment, sequence_sum
 luspo              T_i gspo
@@ -110,6 +111,8 @@ def _of_sequence(x: Tokens, positions: list[int], name: str, cfg: dict[str, Any]
     if name in ("ppo", *LEVEL):
         factor = count if name == "luspo" else 1
         return {t: factor * ppo(logs[t].exp(), a[t], cfg) for t in positions}
+    if name == "reinforce":
+        return {t: -a[t] * x.lp[t] for t in positions}
     if name == "cispo":
         low, high = cfg["clip_low_threshold"], cfg["clip_high_threshold"]
         return {t: -torch.clamp(logs[t].exp(), low, high).detach() * a[t] * x.lp[t] for t in positions}
@@ -194,7 +197,7 @@ def opsm_keep(x: Tokens, sampled: Tensor, delta: float) -> Tensor:
 
 
 def top_entropy_keep(entropy: Tensor, valid: Tensor, quantile: float) -> Tensor:
-    known = sorted(float(h) for h, v in zip(entropy, valid, strict=True) if v)
+    known = sorted(float(h) for h, v in zip(entropy.detach(), valid, strict=True) if v)
     if not known:
         return valid
     place = (len(known) - 1) * (1 - quantile)
