@@ -128,10 +128,14 @@ class MTPLossContext(CELossContext):
         return kl * loss_kwargs.loss_weight, {**metrics, "mtp_kl": Metric.mean(kl)}
 
     def forward(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None = None,
+        values: Tensor | None = None,
     ) -> tuple[Tensor, LossInfo]:
         """As ``BaseLossContext.forward``, with the hidden states of this depth."""
-        return super().forward(hidden_states, *self._head(head_weight, head_bias))
+        return super().forward(hidden_states, *self._head(head_weight, head_bias), values)
 
     __call__ = forward
 
