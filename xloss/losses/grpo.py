@@ -12,8 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.errors import UnsupportedError
 from xloss.head.backend import LossTwin
-from xloss.losses import calibration
+from xloss.head.outside_compile import outside_compile
+from xloss.head.plan import Plan
+from xloss.head.teacher import Teacher
+from xloss.losses import calibration, run
 from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.info import LossInfo
 from xloss.losses.kl import kl_of
 from xloss.losses.masked import MaskedLossConfig
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
@@ -21,6 +25,7 @@ from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
 from xloss.losses.policies.base import Coupling
 from xloss.losses.policies.metrics import policy_metrics
 from xloss.losses.reduction import Reduction, ReductionOptions, reduction_weights
+from xloss.losses.teacher import reference
 from xloss.losses.value import ValueLossConfig, weighted_value_loss
 from xloss.metrics import Metric
 from xloss.packing import Segments, rows_as_segments
@@ -91,7 +96,7 @@ class GRPOLossConfig(MaskedLossConfig):
 
 
 class RLLossContextInputItem(BaseLossContextInputItem):
-    """One micro-batch of rollouts. All tensors have the shape of ``shifted_labels``.
+    """One micro-batch of rollouts. All tensors but ``ref_hidden_states`` have the shape of ``shifted_labels``.
 
     Args:
         advantages: per token; the same for all tokens of a response in GRPO.
@@ -103,6 +108,7 @@ class RLLossContextInputItem(BaseLossContextInputItem):
         group_ids: number of each token's prompt, the same on all ranks; for losses and reductions over prompts.
         returns: what the critic's values should be.
         old_values: of the critic at the start of the step, for ``value_clip``.
+        ref_hidden_states: ``[.., H2]`` of the frozen reference, for ``kl_loss_type="full"``.
     """
 
     advantages: Annotated[Tensor, PerToken(pad=0.0)]
@@ -113,6 +119,7 @@ class RLLossContextInputItem(BaseLossContextInputItem):
     group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
     returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    ref_hidden_states: Annotated[Tensor | None, PerToken(pad=0.0, trailing=True, head_only=True)] = None
 
 
 class GRPOLossKwargs(BaseLossKwargs):
@@ -132,6 +139,7 @@ class GRPOLossKwargs(BaseLossKwargs):
     group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
     returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    ref_hidden_states: Annotated[Tensor | None, PerToken(pad=0.0, trailing=True, head_only=True)] = None
     policy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     kl_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     entropy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
@@ -161,7 +169,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     ) -> None:
         if not kwargs_list:
             return
-        if loss_cfg.use_kl_loss:
+        if loss_cfg.use_kl_loss and not loss_cfg.full_kl:
             for kwargs in kwargs_list:
                 require(kwargs, "ref_logprobs", _NEED_REF)
         coupled = loss_cfg.coupled_by()
@@ -195,7 +203,8 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     def check_ready(self) -> None:
         require(self.loss_kwargs, "policy_loss_weight", _CALL_BUILD)
         if self.loss_cfg.use_kl_loss:
-            require(self.loss_kwargs, "ref_logprobs", _NEED_REF)
+            if not self.loss_cfg.full_kl:
+                require(self.loss_kwargs, "ref_logprobs", _NEED_REF)
             require(self.loss_kwargs, "kl_loss_weight", _CALL_BUILD)
             if self.loss_cfg.kl_ratio_anchor == "rollout":
                 require(self.loss_kwargs, "rollout_logprobs", "kl_ratio_anchor='rollout' takes the ratio to them")
@@ -225,10 +234,45 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             require(kwargs, "old_values", f"value_clip={cfg.value_loss.value_clip} needs it")
         return weighted_value_loss(cfg.value_loss, values, kwargs, weight, cfg.ignore_idx)
 
+    @outside_compile
+    def forward(
+        self,
+        hidden_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None = None,
+        values: Tensor | None = None,
+        *,
+        ref_head_weight: Tensor | None = None,
+        ref_head_bias: Tensor | None = None,
+    ) -> tuple[Tensor, LossInfo]:
+        """As ``BaseLossContext.forward``; the reference's head, constant, is for ``kl_loss_type="full"``."""
+        ref = self._reference(ref_head_weight, ref_head_bias)
+        return run.forward(self, hidden_states, head_weight, head_bias, ref, values)
+
+    __call__ = forward
+
+    def explain(
+        self,
+        hidden_states: Tensor | None = None,
+        head_weight: Tensor | None = None,
+        head_bias: Tensor | None = None,
+        *,
+        ref_head_weight: Tensor | None = None,
+        ref_head_bias: Tensor | None = None,
+    ) -> Plan:
+        """As ``BaseLossContext.explain``; takes what ``forward`` takes."""
+        ref = None if hidden_states is None else self._reference(ref_head_weight, ref_head_bias)
+        return run.explain(self, hidden_states, head_weight, head_bias, ref)
+
+    def _reference(self, head_weight: Tensor | None, head_bias: Tensor | None) -> Teacher | None:
+        kw = self.loss_kwargs
+        return reference(kw, self.loss_cfg, self.head_temperature(kw), head_weight, head_bias)
+
     def stats_needed(self) -> StatSpec:
         cfg = self.loss_cfg
         ranked = cfg.top_entropy_quantile is not None
-        return StatSpec(entropy=cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy)
+        entropy = cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy
+        return StatSpec(entropy=entropy, divergence=cfg.full_kl)
 
     def live_mask(self) -> Tensor:
         if self.is_token_local():
@@ -264,7 +308,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             "aux_weight": kw.entropy_loss_weight,  # holds the coefficient
         }
         numbers["entropy_coef"] = 1.0 if cfg.entropy_coef else 0.0
-        if not cfg.use_kl_loss or cfg.kl_loss_type is None:
+        if not cfg.use_kl_loss or cfg.kl_loss_type is None or cfg.kl_loss_type == "full":
             return LossTwin(loss, numbers, vectors=vectors)
         numbers |= cfg.kl_numbers()
         return LossTwin(loss, numbers, KL_ESTIMATOR[cfg.kl_loss_type], cfg.kl_loss_grad, vectors)
@@ -310,7 +354,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         metrics = policy_metrics(batch, leveled, policy.ratio_bounds()) | policy.metrics(leveled)
         metrics |= {f"{name}_masked_frac": Metric.mean((~mask).to(loss.dtype), valid) for name, mask in masks.items()}
         if cfg.use_kl_loss:
-            kl = kl_of(cfg, batch, kw)
+            kl = kl_of(cfg, batch, kw, stats.divergence)
             loss = loss + kl * kw.kl_loss_weight
             metrics["ref_kl"] = Metric.mean(kl, valid)
         if stats.entropy is not None:
