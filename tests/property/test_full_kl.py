@@ -1,7 +1,7 @@
 """The exact KL to a reference, over the whole vocabulary, as GRPO's penalty.
 
-Contract: `sum_t w_t (policy_t + c KL(p_t, p_ref,t))` and its gradients are those of the oracle in every plan, for policy
-losses of tokens and of sequences, with the cap, scale and temperature of the policy on both sides. The reference gets no
+Contract: `sum_t w_t (policy_t + c KL(p_t, p_ref,t))` and its gradients are the oracle's in every plan, for losses of
+tokens and of sequences, with the cap, scale and temperature of the policy on both sides. The reference gets no
 gradient, a policy equal to its reference has no penalty, and what the exact KL has no use for is refused.
 """
 

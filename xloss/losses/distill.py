@@ -136,6 +136,7 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
     loss_cfg: DistillLossConfig
     loss_kwargs: DistillLossKwargs
     token_local: ClassVar[bool] = True
+    label_field: ClassVar[str] = "shifted_labels or teacher_topk_ids"
 
     @classmethod
     def calibrate(
