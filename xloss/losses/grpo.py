@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss.errors import OptionError, UnsupportedError
 from xloss.head.backend import LossTwin
 from xloss.head.outside_compile import outside_compile
+from xloss.head.plan import Plan
+from xloss.head.teacher import Teacher
 from xloss.losses import calibration, correction, policy_tokens, run
 from xloss.losses.base import BaseLossContext, TokenLoss, require
 from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem
@@ -25,6 +27,7 @@ from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
 from xloss.losses.policies.base import Coupling
 from xloss.losses.policies.metrics import policy_metrics
 from xloss.losses.reduction import Reduction, ReductionOptions
+from xloss.losses.teacher import reference
 from xloss.losses.value import ValueLossConfig, weighted_value_loss
 from xloss.losses.xtuner_rollout import AnyRolloutCorrection
 from xloss.metrics import Metric
@@ -136,7 +139,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     ) -> None:
         if not kwargs_list:
             return
-        if loss_cfg.use_kl_loss:
+        if loss_cfg.use_kl_loss and not loss_cfg.full_kl:
             for kwargs in kwargs_list:
                 require(kwargs, "ref_logprobs", _NEED_REF)
         coupled = loss_cfg.coupled_by()
@@ -153,7 +156,8 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     def check_ready(self) -> None:
         require(self.loss_kwargs, "policy_loss_weight", _CALL_BUILD)
         if self.loss_cfg.use_kl_loss:
-            require(self.loss_kwargs, "ref_logprobs", _NEED_REF)
+            if not self.loss_cfg.full_kl:
+                require(self.loss_kwargs, "ref_logprobs", _NEED_REF)
             require(self.loss_kwargs, "kl_loss_weight", _CALL_BUILD)
             if self.loss_cfg.kl_ratio_anchor == "rollout":
                 require(self.loss_kwargs, "rollout_logprobs", "kl_ratio_anchor='rollout' takes the ratio to them")
@@ -177,24 +181,6 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             why = f"{self.why_coupled()}: cu_seq_lens_list tells which, [0, {labels.numel()}] if it is one"
             require(self.loss_kwargs, "cu_seq_lens", why)
 
-    @outside_compile
-    def forward(
-        self,
-        hidden_states: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None = None,
-        *,
-        values: Tensor | None = None,
-    ) -> tuple[Tensor, LossInfo]:
-        """As every context; with a value loss also ``values`` of a critic, in the shape of ``shifted_labels``.
-
-        Raises:
-            OptionError: ``values`` without ``value_loss`` in the config.
-        """
-        return run.forward(self, hidden_states, head_weight, head_bias, values=values)
-
-    __call__ = forward
-
     def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
         cfg, kwargs = self.loss_cfg, self.loss_kwargs
         if cfg.value_loss is None:
@@ -207,10 +193,54 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             require(kwargs, "old_values", f"value_clip={cfg.value_loss.value_clip} needs it")
         return weighted_value_loss(cfg.value_loss, values, kwargs, weight, cfg.ignore_idx)
 
+    @outside_compile
+    def forward(
+        self,
+        hidden_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None = None,
+        *,
+        values: Tensor | None = None,
+        ref_head_weight: Tensor | None = None,
+        ref_head_bias: Tensor | None = None,
+    ) -> tuple[Tensor, LossInfo]:
+        """As ``BaseLossContext.forward``, and what some configs need beside.
+
+        Args:
+            hidden_states: as there. head_weight: as there. head_bias: as there.
+            values: of a critic, in the shape of ``shifted_labels``, with gradient; for ``value_loss``.
+            ref_head_weight: of the reference, constant; for ``kl_loss_type="full"``. ref_head_bias: its bias.
+
+        Raises:
+            OptionError: one of them is given and the config has no use for it.
+        """
+        ref = self._reference(ref_head_weight, ref_head_bias)
+        return run.forward(self, hidden_states, head_weight, head_bias, ref, values)
+
+    __call__ = forward
+
+    def explain(
+        self,
+        hidden_states: Tensor | None = None,
+        head_weight: Tensor | None = None,
+        head_bias: Tensor | None = None,
+        *,
+        ref_head_weight: Tensor | None = None,
+        ref_head_bias: Tensor | None = None,
+    ) -> Plan:
+        """As ``BaseLossContext.explain``; takes what ``forward`` takes."""
+        ref = None if hidden_states is None else self._reference(ref_head_weight, ref_head_bias)
+        return run.explain(self, hidden_states, head_weight, head_bias, ref)
+
+    def _reference(self, head_weight: Tensor | None, head_bias: Tensor | None) -> Teacher | None:
+        kw = self.loss_kwargs
+        return reference(kw, self.loss_cfg, self.head_temperature(kw), head_weight, head_bias)
+
     def stats_needed(self) -> StatSpec:
         cfg = self.loss_cfg
         ranked = cfg.top_entropy_quantile is not None
-        return StatSpec(entropy=cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy)
+        entropy = cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy
+        return StatSpec(entropy=entropy, divergence=cfg.full_kl)
 
     def live_mask(self) -> Tensor:
         if self.is_token_local():
@@ -236,7 +266,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         cfg, kw = self.loss_cfg, loss_kwargs
         policy: PolicyLossConfig = cfg.policy_loss_cfg
         known = policy.twin() if self.is_token_local() else None
-        if known is None or self._corrects_in_pass or kw.nll_loss_weight is not None:
+        if known is None or self._corrects_in_pass or kw.nll_loss_weight is not None or cfg.full_kl:
             return None
         if cfg.use_kl_loss and not cfg.kl_in_kernel(policy.ratio_anchor()):
             return None
@@ -316,7 +346,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             loss = loss - batch.logprobs * kw.nll_loss_weight
         if cfg.use_kl_loss:
             sampled = kw.rollout_logprobs if cfg.kl_ratio_anchor == "rollout" else self._old(kw)
-            kl = kl_of(cfg, batch, sampled)
+            kl = kl_of(cfg, batch, sampled, stats.divergence)
             loss = loss + kl * kw.kl_loss_weight
             metrics["ref_kl"] = Metric.mean(kl, valid)
         if stats.entropy is not None:

@@ -19,10 +19,11 @@ class _PolicyFields(TokenBatch):
     rewards: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    ref_hidden_states: Annotated[Tensor | None, PerToken(pad=0.0, trailing=True, head_only=True)] = None
 
 
 class RLLossContextInputItem(_PolicyFields, BaseLossContextInputItem):
-    """One micro-batch of rollouts. All tensors have the shape of ``shifted_labels``.
+    """One micro-batch of rollouts. All tensors but ``ref_hidden_states`` have the shape of ``shifted_labels``.
 
     Args:
         advantages: per token; the same for all tokens of a response in GRPO.
@@ -35,6 +36,7 @@ class RLLossContextInputItem(_PolicyFields, BaseLossContextInputItem):
         rewards: of the token's answer; tells which are positive. ``None``: those of positive advantage.
         returns: what the critic's values should be.
         old_values: of the critic at the start of the step, for ``value_clip``.
+        ref_hidden_states: ``[.., H2]`` of the frozen reference, for ``kl_loss_type="full"``.
     """
 
 
