@@ -8,6 +8,7 @@ from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext, GRPOLossKwargs, R
 from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
+from xloss.losses.oreal import OrealLossConfig, OrealLossContext, OrealLossKwargs
 from xloss.losses.policies import PolicyLossConfig, register_policy_loss
 from xloss.losses.rollout_correction import Rejection, RolloutCorrection
 from xloss.losses.xtuner_rollout import RolloutImportanceSampling
@@ -33,6 +34,9 @@ __all__ = [
     "LogProbKwargs",
     "LossInfo",
     "Metric",
+    "OrealLossConfig",
+    "OrealLossContext",
+    "OrealLossKwargs",
     "PerBatch",
     "PerToken",
     "PolicyLossConfig",

@@ -52,6 +52,20 @@ class GRPOLossConfig(ReducedLossConfig):
     positive_nll_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     nonfinite: NonFinite = "raise"
 
+    @property
+    def nll_coef(self) -> float:
+        """Factor of the mean negative log-likelihood of positive tokens."""
+        return self.positive_nll_coef
+
+    @model_validator(mode="after")
+    def _corrects_once(self) -> GRPOLossConfig:
+        if self.rollout_correction is not None and "rollout_logprobs" in self.policy_loss_cfg.needs:
+            raise ValueError(
+                f"{type(self.policy_loss_cfg).__name__} weighs by the sampler itself; rollout_correction would do it "
+                "twice: leave one out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _kl_type_given(self) -> GRPOLossConfig:
         if self.use_kl_loss and self.kl_loss_type is None:
@@ -157,17 +171,20 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         options = loss_cfg.reduction_options()
         weights = reduction_weights(counted, loss_cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
         num_tokens = calibration.global_sum([kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in counted])
-        for kwargs, whole in zip(kwargs_list, weights, strict=True):
-            weight = whole if kwargs.loss_mask is None else whole.masked_fill(~kwargs.loss_mask, 0)
-            kwargs.policy_loss_weight = weight
-            for factor in (kwargs.is_weights, kwargs.rollout_weights):
-                if factor is not None:
-                    kwargs.policy_loss_weight = kwargs.policy_loss_weight * factor.masked_fill(weight == 0, 0)
+        of_policy = cls.policy_weights(counted, weights, loss_cfg)
+        for kwargs, whole, policy in zip(kwargs_list, weights, of_policy, strict=True):
+            weight = policy_tokens.taking_part(kwargs, whole)
+            kwargs.policy_loss_weight = policy_tokens.corrected(kwargs, policy)
             kwargs.kl_loss_weight = weight * loss_cfg.kl_loss_coef if loss_cfg.use_kl_loss else None
             kwargs.entropy_loss_weight = weight * loss_cfg.entropy_coef if loss_cfg.entropy_coef else None
             kwargs.global_grad_tokens = num_tokens
-        if loss_cfg.positive_nll_coef:
+        if loss_cfg.nll_coef:
             policy_tokens.weigh_positive_nll(kwargs_list, counted, loss_cfg)
+
+    @classmethod
+    def policy_weights(cls, counted: list[Any], weights: list[Tensor], loss_cfg: Any) -> list[Tensor]:
+        """Weights of the policy term from those of ``loss_reduction``; ``counted`` has the labels that they count."""
+        return weights
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "policy_loss_weight", _CALL_BUILD)
@@ -176,7 +193,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             require(self.loss_kwargs, "kl_loss_weight", _CALL_BUILD)
         if self.loss_cfg.entropy_coef:
             require(self.loss_kwargs, "entropy_loss_weight", _CALL_BUILD)
-        if self.loss_cfg.positive_nll_coef:
+        if self.loss_cfg.nll_coef:
             require(self.loss_kwargs, "nll_loss_weight", _CALL_BUILD)
         if self.loss_cfg.rollout_correction is not None and not self._corrects_in_pass:
             require(self.loss_kwargs, "rollout_weights", _CALL_BUILD)

@@ -79,15 +79,32 @@ def corrects_in_pass(kwargs_list: Sequence[Any], cfg: GRPOLossConfig, sp_mesh: D
     return all(missing)
 
 
+def taking_part(kwargs: Any, weight: Tensor) -> Tensor:
+    """``weight``, 0 at tokens outside ``loss_mask``."""
+    return weight if kwargs.loss_mask is None else weight.masked_fill(~kwargs.loss_mask, 0)
+
+
+def corrected(kwargs: Any, weight: Tensor) -> Tensor:
+    """The same times ``is_weights`` and ``rollout_weights``; whatever these hold where the weight is 0 is not read."""
+    weight = taking_part(kwargs, weight)
+    for factor in (kwargs.is_weights, kwargs.rollout_weights):
+        if factor is not None:
+            weight = weight * factor.masked_fill(weight == 0, 0)
+    return weight
+
+
+def positive_tokens(kwargs: Any, ignore_idx: int) -> Tensor:
+    """Tokens with a label and a positive reward, or a positive advantage where ``rewards`` is ``None``."""
+    signal = kwargs.advantages if kwargs.rewards is None else kwargs.rewards
+    found: Tensor = (kwargs.shifted_labels != ignore_idx) & (signal > 0)
+    return found
+
+
 def weigh_positive_nll(kwargs_list: Sequence[Any], counted: Sequence[Any], cfg: GRPOLossConfig) -> None:
-    """Set ``nll_loss_weight``: ``positive_nll_coef / N``, N tokens of positive reward over the whole step."""
-    positive = []
-    for kwargs, counts in zip(kwargs_list, counted, strict=True):
-        signal = kwargs.advantages if kwargs.rewards is None else kwargs.rewards
-        positive.append((counts.shifted_labels != cfg.ignore_idx) & (signal > 0))
-    shares = token_shares(positive, cfg.positive_nll_coef, cfg.grad_reduce)
+    """Set ``nll_loss_weight``: ``nll_coef / N``, N tokens of positive reward over the whole step."""
+    shares = token_shares([positive_tokens(k, cfg.ignore_idx) for k in counted], cfg.nll_coef, cfg.grad_reduce)
     for kwargs, share in zip(kwargs_list, shares, strict=True):
-        kwargs.nll_loss_weight = share if kwargs.loss_mask is None else share.masked_fill(~kwargs.loss_mask, 0)
+        kwargs.nll_loss_weight = taking_part(kwargs, share)
 
 
 def token_shares(masks: Sequence[Tensor], factor: float, grad_reduce: str) -> list[Tensor]:

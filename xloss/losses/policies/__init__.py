@@ -1,6 +1,6 @@
 """Policy losses: one typed config each, tagged by ``loss_type``, whose formula is a function of ``xloss.policy``."""
 
-from xloss.losses.policies import token_ratio
+from xloss.losses.policies import batch_coupled, decoupled, token_ratio
 from xloss.losses.policies.base import (
     AnyPolicyLossConfig,
     PolicyLossConfig,
@@ -12,6 +12,8 @@ from xloss.losses.policies.base import (
 __all__ = [
     "AnyPolicyLossConfig",
     "PolicyLossConfig",
+    "batch_coupled",
+    "decoupled",
     "find_policy_loss",
     "policy_losses",
     "register_policy_loss",
