@@ -39,7 +39,9 @@ def sequences(valid: Tensor, bounds: list[int]) -> list[list[int]]:
     return [[t for t in range(a, b) if valid[t]] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def one(old: Tensor, rollout: Tensor, valid: Tensor, bounds: list[int], cfg: dict[str, Any]) -> tuple[Corrected, Tensor]:
+def one(
+    old: Tensor, rollout: Tensor, valid: Tensor, bounds: list[int], cfg: dict[str, Any]
+) -> tuple[Corrected, Tensor]:
     """Correction of one micro-batch, vectors [T]; and the weights that a batch mean is taken of."""
     level, action = cfg.get("level", "token"), cfg.get("action", "truncate")
     low, high = cfg.get("low"), cfg.get("high", 2.0)

@@ -35,9 +35,7 @@ class Problem:
 
     def current(self) -> list[Tensor]:
         """Log-probs of the current policy, float64, [1, T]."""
-        return [
-            head.token_stats(h, self.weight, y).logprobs for h, y in zip(self.hidden, self.labels, strict=True)
-        ]
+        return [head.token_stats(h, self.weight, y).logprobs for h, y in zip(self.hidden, self.labels, strict=True)]
 
     def to(self, dtype: torch.dtype) -> Problem:
         hidden = [h.to(dtype) for h in self.hidden]

@@ -78,7 +78,9 @@ def test_raise_names_the_field_and_the_count(field: str, value: float) -> None:
 def test_drop_leaves_tokens_out_and_keeps_the_denominator(field: str, run: Any, correction: Any) -> None:
     """The same as ignoring those tokens, but for the denominator."""
     terms = dict(ALL_TERMS, positive_nll_coef=0.0)
-    cfg = GRPOLossConfig(policy_loss_cfg=smallest("vanilla"), rollout_correction=correction, nonfinite="drop", **terms, **run)
+    cfg = GRPOLossConfig(
+        policy_loss_cfg=smallest("vanilla"), rollout_correction=correction, nonfinite="drop", **terms, **run
+    )
     case, without = problem(3), problem(3)
     dropped = 0
     for b, y in enumerate(case.labels):

@@ -63,7 +63,9 @@ def step(case: Problem, cfg: GRPOLossConfig, **changed: Any) -> tuple[list[Tenso
     return [loss.detach() for loss, _ in outs], list(grads), kwargs, [info for _, info in outs]
 
 
-def gold(case: Problem, fields: dict[str, Any], old: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor], Any]:
+def gold(
+    case: Problem, fields: dict[str, Any], old: list[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor], Any]:
     """The same by the oracle: token mean of the PPO clip, with is_weights."""
     olds = [f["old_logprobs"] for f in case.fields] if old is None else old
     valid = [(y != -100).reshape(-1) for y in case.labels]
