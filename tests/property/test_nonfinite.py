@@ -1,5 +1,5 @@
-"""Contract: NaN and inf at ignored tokens change nothing, bit for bit, in any policy loss; at tokens of the loss they are
-refused by name, or their tokens are left out, counted, and stay in the denominators.
+"""Contract: NaN and inf at ignored tokens change nothing, bit for bit, in any policy loss; at tokens of the loss they
+are refused by name, or their tokens are left out, counted, and stay in the denominators.
 """
 
 from __future__ import annotations

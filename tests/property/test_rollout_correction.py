@@ -1,5 +1,5 @@
-"""Contract: rollout corrections are the definitions of `tests/oracle/correction.py`, weights, loss and gradients, in every
-mode and plan; their laws hold; their metrics are those of the whole batch however it is cut.
+"""Contract: rollout corrections are the definitions of `tests/oracle/correction.py`, weights, loss and gradients, in
+every mode and plan; their laws hold; their metrics are those of the whole batch however it is cut.
 """
 
 from __future__ import annotations
@@ -139,9 +139,10 @@ def test_bypass_takes_the_ratio_to_the_sampler() -> None:
     fields = {"level": None, "reject": [{"estimator": "k2", "high": 0.1}]}
     sampled = [f["rollout_logprobs"] for f in case.fields]
     losses, _, _, infos = step(case, config(fields | {"bypass": True}), old_logprobs=None)
+    parts = zip(case.current(), sampled, case.labels, case.cu_seq_lens, strict=True)
     masks = oracle.step(
-        [(now.reshape(-1), s.reshape(-1), (y != -100).reshape(-1), c.tolist())
-         for now, s, y, c in zip(case.current(), sampled, case.labels, case.cu_seq_lens, strict=True)], fields)  # fmt: skip
+        [(now.reshape(-1), s.reshape(-1), (y != -100).reshape(-1), c.tolist()) for now, s, y, c in parts], fields
+    )
     total = sum(int((y != -100).sum()) for y in case.labels)
     for b, (loss, mask) in enumerate(zip(losses, masks, strict=True)):
         at, f = mask.kept.nonzero().flatten(), case.fields[b]
