@@ -1,5 +1,6 @@
 """Contract: Clip-Cov, KL-Cov, M2PO, decoupled PPO, OREAL and VAPO's likelihood term are those of
-`tests/oracle/coupled.py`, loss and gradients, in every mode; their laws hold; the random choice of Clip-Cov is reproducible.
+`tests/oracle/coupled.py`, loss and gradients, in every mode; their laws hold; the random choice of Clip-Cov is
+reproducible.
 """
 
 from __future__ import annotations
@@ -117,8 +118,11 @@ def test_clip_cov_choice() -> None:
                                  {"behave_action": "truncate", "behave_low": 0.7, "behave_high": 1.3}])  # fmt: skip
 def test_decoupled_ppo(run: dict[str, Any], cfg: dict[str, Any]) -> None:
     policy = {"loss_type": "decoupled_ppo", **CLIP, **cfg}
-    check(problem(4), GRPOLossConfig(policy_loss_cfg=policy, **run),
-          lambda lp, f: oracle.decoupled(lp, f["old_logprobs"], f["rollout_logprobs"], f["advantages"], cfg))  # fmt: skip
+
+    def formula(lp: Tensor, f: dict[str, Tensor]) -> Tensor:
+        return oracle.decoupled(lp, f["old_logprobs"], f["rollout_logprobs"], f["advantages"], cfg)
+
+    check(problem(4), GRPOLossConfig(policy_loss_cfg=policy, **run), formula)
 
 
 def test_decoupled_ppo_is_ppo_with_a_correction() -> None:
