@@ -42,10 +42,11 @@ def reinforce(logprob, advantage):
 
 
 @triton.jit
-def importance_sampling(logprob, old, advantage):
-    """-r A."""
-    value = -tl.exp(logprob - old) * advantage
-    return value, value
+def importance_sampling(logprob, old, advantage, log_ratio_min, log_ratio_max):
+    """-r A, r = exp(clamp(d, log_ratio_min, log_ratio_max))."""
+    d = logprob - old
+    value = -tl.exp(_clamp(d, log_ratio_min, log_ratio_max)) * advantage
+    return value, value * _inside(d, log_ratio_min, log_ratio_max)
 
 
 @triton.jit
@@ -56,58 +57,78 @@ def dro(logprob, old, advantage, beta):
 
 
 @triton.jit
-def cispo(logprob, old, advantage, ratio_min, ratio_max):
-    """-clamp(r, ratio_min, ratio_max) A logprob, the clamped ratio a constant. -> (value, derivative, low, high)."""
-    ratio = tl.exp(logprob - old)
+def cispo(logprob, old, advantage, ratio_min, ratio_max, log_ratio_min, log_ratio_max):
+    """-clamp(r, ratio_min, ratio_max) A logprob, the clamped ratio a constant. -> (value, derivative, low, high).
+
+    r = exp(clamp(d, log_ratio_min, log_ratio_max)).
+    """
+    ratio = tl.exp(_clamp(logprob - old, log_ratio_min, log_ratio_max))
     slope = -_clamp(ratio, ratio_min, ratio_max) * advantage
     return slope * logprob, slope, ratio < ratio_min, ratio > ratio_max
 
 
 @triton.jit
-def ppo_clip(logprob, old, advantage, ratio_min, ratio_max, dual_clip, log_ratio_min, log_ratio_max):
-    """maximum(-r A, -clamp(r, ratio_min, ratio_max) A), and for A < 0 minimum(-dual_clip A, that).
+def ppo_clip(logprob, old, advantage, ratio_min, ratio_max, dual_clip, delta, log_ratio_min, log_ratio_max):
+    """maximum(-min(r, delta) A, -clamp(r, ratio_min, ratio_max) A), and for A < 0 minimum(-dual_clip A, that).
 
-    r = exp(clamp(d, log_ratio_min, log_ratio_max)). `dual_clip` may be None. -> (value, derivative, low, high): `low`
-    marks A < 0 and r < ratio_min, `high` marks A > 0 and r > ratio_max.
+    r = exp(clamp(d, log_ratio_min, log_ratio_max)). `dual_clip` and `delta` may be None. -> (value, derivative, low,
+    high): `low` marks A < 0 and r < ratio_min, `high` marks A > 0 and r > ratio_max.
     """
     d = logprob - old
     ratio = tl.exp(_clamp(d, log_ratio_min, log_ratio_max))
-    free = -ratio * advantage
+    slope = -ratio * advantage
+    free = slope
+    grows = 1.0
+    if delta is not None:
+        free = -tl.minimum(ratio, delta) * advantage
+        grows = (ratio <= delta).to(tl.float32)
     clipped = -_clamp(ratio, ratio_min, ratio_max) * advantage
     share = _share(free, clipped)
     value = tl.maximum(free, clipped)
-    passes = share + (1.0 - share) * _inside(ratio, ratio_min, ratio_max)
+    passes = share * grows + (1.0 - share) * _inside(ratio, ratio_min, ratio_max)
     if dual_clip is not None:
         bound = -dual_clip * advantage
         share_of_bound = _share(value, bound)  # minimum: the part that goes to the larger one's rival
         passes = tl.where(advantage < 0.0, passes * (1.0 - share_of_bound), passes)
         value = tl.where(advantage < 0.0, tl.minimum(bound, value), value)
-    derivative = free * passes * _inside(d, log_ratio_min, log_ratio_max)
+    derivative = slope * passes * _inside(d, log_ratio_min, log_ratio_max)
     return value, derivative, (advantage < 0.0) & (ratio < ratio_min), (advantage > 0.0) & (ratio > ratio_max)
 
 
 @triton.jit
-def kl_penalty(logprob, ref, KIND: tl.constexpr):
-    """KL estimators of x = logprob - ref.
+def kl_penalty(logprob, ref, old, clamp_in, clamp_out, KIND: tl.constexpr, GRAD: tl.constexpr):
+    """KL estimators of x = logprob - ref, c = clamp(x, -clamp_in, clamp_in), the value clamped to +-clamp_out.
 
-        k1 x      abs |x|      k2 x^2 / 2      k3 clamp(exp(c) - 1 - c, -10, 10), c = clamp(-x, -20, 20)
+        k1 c      abs |c|      k2 c^2 / 2      k3 exp(-c) - 1 + c
 
-    The k3 gradient, 1 - exp(c), is 0 beyond either clamp.
+    The gradient is 0 beyond either clamp. GRAD: "plain"; "straight_through" has gradient x instead; "score_function"
+    adds the value to it; "unbiased" does so too and multiplies value and gradient by exp(logprob - old).
     """
     x = logprob - ref
+    c = _clamp(x, -clamp_in, clamp_in)
     if KIND == "k1":
-        value = x
-        derivative = x * 0.0 + 1.0
+        raw = c
+        slope = c * 0.0 + 1.0
     elif KIND == "abs":
-        value = tl.abs(x)
-        derivative = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
+        raw = tl.abs(c)
+        slope = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, 0.0))
     elif KIND == "k2":
-        value = 0.5 * x * x
-        derivative = x
+        raw = 0.5 * c * c
+        slope = c
     else:
         tl.static_assert(KIND == "k3", "KL kind is k1, abs, k2 or k3")
-        c = _clamp(-x, -20.0, 20.0)
-        raw, grown = _expm1_beyond(c)
-        value = _clamp(raw, -10.0, 10.0)
-        derivative = -grown * _inside(-x, -20.0, 20.0) * _inside(raw, -10.0, 10.0)
+        raw, grown = _expm1_beyond(-c)
+        slope = -grown
+    value = _clamp(raw, -clamp_out, clamp_out)
+    derivative = slope * _inside(x, -clamp_in, clamp_in) * _inside(raw, -clamp_out, clamp_out)
+    if GRAD == "straight_through":
+        derivative = x
+    elif GRAD == "score_function":
+        derivative += value
+    elif GRAD == "unbiased":
+        ratio = tl.exp(logprob - old)
+        derivative = ratio * (derivative + value)
+        value = ratio * value
+    else:
+        tl.static_assert(GRAD == "plain", "KL gradient is plain, straight_through, score_function or unbiased")
     return value, derivative

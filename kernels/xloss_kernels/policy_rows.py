@@ -9,6 +9,7 @@ all 0 (weight 0, clipped ratio), get zeros without the second read.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,8 +27,8 @@ from xloss_kernels.transform import Transform, row_inv_temperature
 class PolicySpec:
     """Which loss. Ratio bounds are absolute (PPO: 1 - cliprange_low and 1 + cliprange_high).
 
-    `ratio_min/max` belong to ppo and cispo, `dual_clip` and `log_ratio_min/max` to ppo, `beta` to dro,
-    `label_smoothing` to ce (torch's convention: mass epsilon / V on every entry).
+    `ratio_min/max` belong to ppo and cispo, `log_ratio_min/max` to these and importance_sampling, `dual_clip` and
+    `delta` to ppo, `beta` to dro, `label_smoothing` to ce (torch's convention: mass epsilon / V on every entry).
     """
 
     loss: Literal["ce", "reinforce", "importance_sampling", "ppo", "cispo", "dro"]
@@ -37,8 +38,12 @@ class PolicySpec:
     log_ratio_min: float = -20.0
     log_ratio_max: float = 20.0
     beta: float = 0.05
+    delta: float | None = None
     label_smoothing: float = 0.0
     kl: Literal["k1", "abs", "k2", "k3"] | None = None
+    kl_grad: Literal["plain", "straight_through", "unbiased", "score_function"] = "plain"
+    kl_clamp_in: float = math.inf
+    kl_clamp_out: float = math.inf
     entropy_coef: float = 0.0
     z_loss_coef: float = 0.0
 
@@ -65,7 +70,7 @@ def load_or(pointer, row, default):
 
 
 @triton.jit
-def policy_term(logprob, old, advantage, ratio_min, ratio_max, dual_clip, log_ratio_min, log_ratio_max, beta,
+def policy_term(logprob, old, advantage, ratio_min, ratio_max, dual_clip, delta, log_ratio_min, log_ratio_max, beta,
                 LOSS: tl.constexpr):  # fmt: skip
     """-> (value, d value / d logprob, clipped low, clipped high)."""
     low = logprob != logprob
@@ -75,15 +80,16 @@ def policy_term(logprob, old, advantage, ratio_min, ratio_max, dual_clip, log_ra
     elif LOSS == "reinforce":
         value, slope = formulas.reinforce(logprob, advantage)
     elif LOSS == "importance_sampling":
-        value, slope = formulas.importance_sampling(logprob, old, advantage)
+        value, slope = formulas.importance_sampling(logprob, old, advantage, log_ratio_min, log_ratio_max)
     elif LOSS == "dro":
         value, slope = formulas.dro(logprob, old, advantage, beta)
     elif LOSS == "cispo":
-        value, slope, low, high = formulas.cispo(logprob, old, advantage, ratio_min, ratio_max)
+        value, slope, low, high = formulas.cispo(
+            logprob, old, advantage, ratio_min, ratio_max, log_ratio_min, log_ratio_max)  # fmt: skip
     else:
         tl.static_assert(LOSS == "ppo", "unknown loss")
         value, slope, low, high = formulas.ppo_clip(
-            logprob, old, advantage, ratio_min, ratio_max, dual_clip, log_ratio_min, log_ratio_max)  # fmt: skip
+            logprob, old, advantage, ratio_min, ratio_max, dual_clip, delta, log_ratio_min, log_ratio_max)  # fmt: skip
     return value, slope, low, high
 
 
@@ -91,10 +97,10 @@ def policy_term(logprob, old, advantage, ratio_min, ratio_max, dual_clip, log_ra
 def policy_rows_kernel(logits, out, labels, weight, advantages, old_logprobs, ref_logprobs, kl_weight, aux_weight,
                        grad_scale, bias, temperature, loss, logprobs, lse, entropy, log_ratio, clipped_low,
                        clipped_high, num_vocab, row_stride, out_stride, ignore_index, logit_scale, softcap,
-                       inv_temperature, ratio_min, ratio_max, dual_clip, log_ratio_min, log_ratio_max, beta,
-                       label_smoothing, entropy_coef, z_loss_coef, LOSS: tl.constexpr, KL: tl.constexpr,
-                       WITH_GRAD: tl.constexpr, OVERLAY: tl.constexpr, FOLD: tl.constexpr,
-                       LANES: tl.constexpr):  # fmt: skip
+                       inv_temperature, ratio_min, ratio_max, dual_clip, delta, log_ratio_min, log_ratio_max, beta,
+                       label_smoothing, entropy_coef, z_loss_coef, kl_clamp_in, kl_clamp_out, LOSS: tl.constexpr,
+                       KL: tl.constexpr, KL_GRAD: tl.constexpr, WITH_GRAD: tl.constexpr, OVERLAY: tl.constexpr,
+                       FOLD: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = out + row * out_stride
     label = tl.load(labels + row)
@@ -125,8 +131,8 @@ def policy_rows_kernel(logits, out, labels, weight, advantages, old_logprobs, re
     old = load_or(old_logprobs, row, logprob)
     scale_of_row = load_or(weight, row, 1.0)
     value, slope, low, high = policy_term(
-        logprob, old, load_or(advantages, row, 1.0), ratio_min, ratio_max, dual_clip, log_ratio_min, log_ratio_max,
-        beta, LOSS)  # fmt: skip
+        logprob, old, load_or(advantages, row, 1.0), ratio_min, ratio_max, dual_clip, delta, log_ratio_min,
+        log_ratio_max, beta, LOSS)  # fmt: skip
     on_lse = logprob * 0.0
     on_mean = None
     if label_smoothing is not None:
@@ -137,7 +143,8 @@ def policy_rows_kernel(logits, out, labels, weight, advantages, old_logprobs, re
     value = value * scale_of_row
     on_logprob = slope * scale_of_row
     if KL is not None:
-        kl_value, kl_slope = formulas.kl_penalty(logprob, tl.load(ref_logprobs + row), KL)
+        kl_value, kl_slope = formulas.kl_penalty(
+            logprob, tl.load(ref_logprobs + row), old, kl_clamp_in, kl_clamp_out, KL, KL_GRAD)  # fmt: skip
         kl_scale = load_or(kl_weight, row, 1.0)
         value += kl_value * kl_scale
         on_logprob += kl_slope * kl_scale
@@ -245,14 +252,18 @@ def policy_rows(
             ratio_min=spec.ratio_min,
             ratio_max=spec.ratio_max,
             dual_clip=spec.dual_clip,
+            delta=spec.delta,
             log_ratio_min=spec.log_ratio_min,
             log_ratio_max=spec.log_ratio_max,
             beta=spec.beta,
             label_smoothing=spec.label_smoothing or None,
             entropy_coef=spec.entropy_coef or None,
             z_loss_coef=spec.z_loss_coef or None,
+            kl_clamp_in=spec.kl_clamp_in,
+            kl_clamp_out=spec.kl_clamp_out,
             LOSS=spec.loss,
             KL=spec.kl,
+            KL_GRAD=spec.kl_grad,
             WITH_GRAD=with_grad,
             OVERLAY=with_grad and is_overlay(logits, out),
             **transform.arguments(num_rows, num_vocab),

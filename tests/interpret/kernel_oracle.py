@@ -71,12 +71,19 @@ def policy_term(lp, spec: PolicySpec, advantages, old):
     if spec.loss == "reinforce":
         return surrogate.reinforce(lp, advantages)
     if spec.loss == "importance_sampling":
-        return surrogate.importance_sampling(lp, old, advantages)
+        return surrogate.importance_sampling(lp, old, advantages, log_ratio_clamp=spec.log_ratio_max)
     if spec.loss == "dro":
         return surrogate.dro(lp, old, advantages, beta=spec.beta)
     if spec.loss == "cispo":
         low, high = spec.ratio_min, spec.ratio_max
-        return surrogate.cispo(lp, old, advantages, clip_low_threshold=low, clip_high_threshold=high)
+        return surrogate.cispo(
+            lp,
+            old,
+            advantages,
+            clip_low_threshold=low,
+            clip_high_threshold=high,
+            log_ratio_clamp=spec.log_ratio_max,
+        )
     assert spec.loss == "ppo"
     return surrogate.ppo_clip(
         lp,
@@ -85,8 +92,22 @@ def policy_term(lp, spec: PolicySpec, advantages, old):
         cliprange_low=1 - spec.ratio_min,
         cliprange_high=spec.ratio_max - 1,
         clip_ratio_c=spec.dual_clip,
+        delta=spec.delta,
         log_prob_diff_min=spec.log_ratio_min,
         log_prob_diff_max=spec.log_ratio_max,
+    )
+
+
+def kl_term(lp, ref, old, spec: PolicySpec):
+    """The torch penalty that the kernel's is the twin of."""
+    return kl_penalty(
+        lp,
+        ref,
+        spec.kl,
+        grad=spec.kl_grad,
+        log_ratio=lp - (lp.detach() if old is None else old),
+        clamp_in=spec.kl_clamp_in,
+        clamp_out=spec.kl_clamp_out,
     )
 
 
@@ -104,7 +125,7 @@ def policy_loss(
         loss = (1 - spec.label_smoothing) * loss + spec.label_smoothing * (values["lse"] - values["mean_logit"])
     loss = loss * weight
     if spec.kl is not None:
-        loss = loss + kl_penalty(lp, given["ref_logprobs"], spec.kl) * given.get("kl_weight", one)
+        loss = loss + kl_term(lp, given["ref_logprobs"], given.get("old_logprobs"), spec) * given.get("kl_weight", one)
     aux = given.get("aux_weight", weight)
     loss = loss + aux * (spec.z_loss_coef * values["lse"] ** 2 - spec.entropy_coef * values["entropy"])
     return torch.where(labels != ignore, loss, torch.zeros_like(loss)), values

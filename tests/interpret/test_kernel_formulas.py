@@ -16,22 +16,23 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.interpret.kernel_oracle import policy_term
-from xloss.policy.kl import kl_penalty
+from tests.interpret.kernel_oracle import kl_term, policy_term
 from xloss_kernels import formulas
 from xloss_kernels import policy_rows as rows
 from xloss_kernels.policy_rows import PolicySpec
 
 SIZE = 64
+K3_LIMITS = {"kl_clamp_in": 20.0, "kl_clamp_out": 10.0}  # XTuner's and verl's
+K3 = PolicySpec("ppo", kl="k3", **K3_LIMITS)
 
 
 @triton.jit
-def policy_kernel(lp, old, advantage, value, slope, low, high, ratio_min, ratio_max, dual_clip, log_ratio_min,
+def policy_kernel(lp, old, advantage, value, slope, low, high, ratio_min, ratio_max, dual_clip, delta, log_ratio_min,
                   log_ratio_max, beta, LOSS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     at = tl.arange(0, SIZE)
     v, d, is_low, is_high = rows.policy_term(
-        tl.load(lp + at), tl.load(old + at), tl.load(advantage + at), ratio_min, ratio_max, dual_clip, log_ratio_min,
-        log_ratio_max, beta, LOSS)  # fmt: skip
+        tl.load(lp + at), tl.load(old + at), tl.load(advantage + at), ratio_min, ratio_max, dual_clip, delta,
+        log_ratio_min, log_ratio_max, beta, LOSS)  # fmt: skip
     tl.store(value + at, v)
     tl.store(slope + at, d)
     tl.store(low + at, is_low.to(tl.int8))
@@ -39,9 +40,11 @@ def policy_kernel(lp, old, advantage, value, slope, low, high, ratio_min, ratio_
 
 
 @triton.jit
-def kl_kernel(lp, ref, value, slope, KIND: tl.constexpr, SIZE: tl.constexpr):
+def kl_kernel(lp, ref, old, value, slope, clamp_in, clamp_out, KIND: tl.constexpr, GRAD: tl.constexpr,
+              SIZE: tl.constexpr):  # fmt: skip
     at = tl.arange(0, SIZE)
-    v, d = formulas.kl_penalty(tl.load(lp + at), tl.load(ref + at), KIND)
+    v, d = formulas.kl_penalty(
+        tl.load(lp + at), tl.load(ref + at), tl.load(old + at), clamp_in, clamp_out, KIND, GRAD)  # fmt: skip
     tl.store(value + at, v)
     tl.store(slope + at, d)
 
@@ -63,7 +66,8 @@ def run_policy(lp, old, advantage, spec):
     value, slope, low, high = (torch.empty(SIZE) for _ in range(4))
     low, high = torch.empty(SIZE, dtype=torch.int8), torch.empty(SIZE, dtype=torch.int8)
     policy_kernel[(1,)](lp, old, advantage, value, slope, low, high, spec.ratio_min, spec.ratio_max, spec.dual_clip,
-                        spec.log_ratio_min, spec.log_ratio_max, spec.beta, LOSS=spec.loss, SIZE=SIZE)  # fmt: skip
+                        spec.delta, spec.log_ratio_min, spec.log_ratio_max, spec.beta, LOSS=spec.loss,
+                        SIZE=SIZE)  # fmt: skip
     lp.requires_grad_()
     compare(value, slope, policy_term(lp, spec, advantage, old), lp)
     return value, slope, low.bool(), high.bool()
@@ -83,9 +87,10 @@ LOSSES = ("ce", "reinforce", "importance_sampling", "dro", "cispo", "ppo")
 @given(
     loss=st.sampled_from(LOSSES), d=log_ratios, advantage=advantages, lp=st.floats(-30, 0, width=32),
     low=st.floats(0, 1, width=32), high=st.floats(0, 4, width=32), dual=st.one_of(st.none(), st.floats(1, 4, width=32)),
-    beta=st.floats(0, 1, width=32), limit=st.sampled_from([0.5, 20.0]))  # fmt: skip
-def test_policy_terms(loss, d, advantage, lp, low, high, dual, beta, limit):
-    spec = PolicySpec(loss, 1.0 - low, 1.0 + high, dual, -limit, limit, beta)
+    delta=st.one_of(st.none(), st.floats(1, 6, width=32)), beta=st.floats(0, 1, width=32),
+    limit=st.sampled_from([0.5, 20.0]))  # fmt: skip
+def test_policy_terms(loss, d, advantage, lp, low, high, dual, delta, beta, limit):
+    spec = PolicySpec(loss, 1.0 - low, 1.0 + high, dual, -limit, limit, beta, delta)
     d = (
         fill(d).clamp(-3, 3) if loss in ("importance_sampling", "dro") else fill(d)
     )  # unclamped: exp(25)^2 tells nothing
@@ -143,15 +148,29 @@ def test_ppo_flags():
     x=st.lists(st.one_of(st.floats(-25, 25, width=32), st.sampled_from([0.0, 20.0, -20.0, 1e-6, -1e-6])), min_size=1)
 )
 def test_kl_terms(kind, x):
-    check_kl(x, kind)
+    check_kl(x, PolicySpec("ppo", kl=kind, **K3_LIMITS if kind == "k3" else {}))
 
 
-def check_kl(x, kind):
+@pytest.mark.parametrize("grad", ["plain", "straight_through", "unbiased", "score_function"])
+@pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3"])
+@settings(max_examples=10, deadline=None)
+@given(
+    x=st.lists(st.floats(-4, 4, width=32), min_size=1),
+    limits=st.sampled_from([{}, {"kl_clamp_in": 1.5}, {"kl_clamp_in": 3.0, "kl_clamp_out": 2.5}]),
+    d=st.lists(st.floats(-2, 2, width=32), min_size=1),
+)
+def test_kl_gradients(kind, grad, x, limits, d):
+    check_kl(x, PolicySpec("ppo", kl=kind, kl_grad=grad, **limits), d)
+
+
+def check_kl(x, spec, d=(0.0,)):
     lp = fill(x)
+    old = lp - fill(d)
     ref, value, slope = torch.zeros(SIZE), torch.empty(SIZE), torch.empty(SIZE)
-    kl_kernel[(1,)](lp, ref, value, slope, KIND=kind, SIZE=SIZE)
+    kl_kernel[(1,)](lp, ref, old, value, slope, spec.kl_clamp_in, spec.kl_clamp_out, KIND=spec.kl, GRAD=spec.kl_grad,
+                    SIZE=SIZE)  # fmt: skip
     lp.requires_grad_()
-    compare(value, slope, kl_penalty(lp, ref, kind), lp)
+    compare(value, slope, kl_term(lp, ref, old, spec), lp)
     return slope
 
 
@@ -167,24 +186,24 @@ def test_k3_output_clamp_passes_the_gradient_exactly_at_its_bound():
     agree = raw == torch.from_numpy(np.exp(-x.numpy())) - 1.0 + x  # one unit apart, the two sides fall on either side
     at_bound, beyond = x[agree & (raw == 10.0)], x[agree & (raw > 10.0)]
     assert len(at_bound) and len(beyond)
-    assert (check_kl(at_bound[:SIZE], "k3") != 0).all()
-    assert (check_kl(beyond[:SIZE], "k3") == 0).all()
+    assert (check_kl(at_bound[:SIZE], K3) != 0).all()
+    assert (check_kl(beyond[:SIZE], K3) == 0).all()
 
 
 def test_k3_output_clamp_where_the_exponential_dominates():
-    assert (check_kl(neighbours(-2.60, SIZE), "k3") != 0).all()
-    assert (check_kl(neighbours(-2.63, SIZE), "k3") == 0).all()
+    assert (check_kl(neighbours(-2.60, SIZE), K3) != 0).all()
+    assert (check_kl(neighbours(-2.63, SIZE), K3) == 0).all()
 
 
 def test_k3_is_exact_near_zero():
     """exp(c) - 1 - c would keep no digit here."""
     lp = fill([1e-4, -1e-4, 1e-3, 0.1, -0.3, 0.49999, -0.5, 0.50001])
     value, slope = torch.empty(SIZE), torch.empty(SIZE)
-    kl_kernel[(1,)](lp, torch.zeros(SIZE), value, slope, KIND="k3", SIZE=SIZE)
+    kl_kernel[(1,)](lp, torch.zeros(SIZE), lp, value, slope, 20.0, 10.0, KIND="k3", GRAD="plain", SIZE=SIZE)
     exact = torch.expm1(-lp.double())
     torch.testing.assert_close(value.double(), exact + lp.double(), rtol=2e-6, atol=0)
     torch.testing.assert_close(slope.double(), -exact, rtol=5e-7, atol=0)
 
 
 def test_k3_input_clamp():
-    check_kl([20.0, 20.000002, -20.0, -20.000002, 0.0], "k3")
+    check_kl([20.0, 20.000002, -20.0, -20.000002, 0.0], K3)

@@ -123,6 +123,12 @@ def test_dual_clip_and_log_ratio_limits(dual, limits):
     assert (grad[0] == 0).all() and (grad[3] == 0).all()  # clipped rows
 
 
+@pytest.mark.parametrize("grad", ["straight_through", "unbiased", "score_function"])
+def test_kl_gradients(grad):
+    spec = PolicySpec("ppo", delta=1.4, kl="k3", kl_grad=grad, kl_clamp_in=1.5, kl_clamp_out=2.0)
+    check(inputs.logits("plain", ROWS, 50), inputs.labels(ROWS, 50), spec)
+
+
 def test_in_place_equals_out_of_place():
     raw, labels = inputs.strided(inputs.logits("plain", ROWS, 77)), inputs.labels(ROWS, 77)
     _, target, _, vectors = check(raw, labels, PolicySpec("cispo"))

@@ -75,7 +75,7 @@ def loss_rows(
     found = policy_rows(
         rows.logits,
         rows.labels,
-        PolicySpec(loss=twin.loss, kl=twin.kl, **twin.numbers),  # type: ignore[arg-type]
+        PolicySpec(loss=twin.loss, kl=twin.kl, kl_grad=twin.kl_grad, **twin.numbers),  # type: ignore[arg-type]
         _transform(rows, options),
         **vectors,  # type: ignore[arg-type]
         out=out,

@@ -3,51 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.errors import UnsupportedError
 from xloss.head.backend import LossTwin
 from xloss.losses import calibration, correction, policy_tokens
 from xloss.losses.base import BaseLossContext, TokenLoss, require
-from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
+from xloss.losses.grpo_batch import GRPOLossKwargs, RLLossContextInputItem
+from xloss.losses.kl import kl_of
+from xloss.losses.masked import MaskedLossConfig
 from xloss.losses.nonfinite import NonFinite
 from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
+from xloss.losses.policies.base import Coupling
 from xloss.losses.policies.metrics import policy_metrics
-from xloss.losses.reduced import ReducedLossConfig
-from xloss.losses.reduction import reduction_weights
+from xloss.losses.reduction import Reduction, ReductionOptions, reduction_weights
+from xloss.losses.value import ValueLossConfig, weighted_value_loss
 from xloss.losses.xtuner_rollout import AnyRolloutCorrection
 from xloss.metrics import Metric
 from xloss.packing import Segments, rows_as_segments
 from xloss.policy.batch import PolicyBatch
-from xloss.policy.kl import KL_ESTIMATOR, KLType, kl_penalty
+from xloss.policy.kl import KL_ESTIMATOR
 from xloss.stats import StatSpec, TokenStats
 
 _CALL_BUILD = "call build_batches on the contexts of this optimizer step first"
 
 
-class GRPOLossConfig(ReducedLossConfig):
+class GRPOLossConfig(MaskedLossConfig):
     """``sum_t w_t (is_t policy_t + kl_loss_coef kl_t - entropy_coef H_t)``, ``w_t`` calibrated by ``loss_reduction``.
 
     Args:
         policy_loss_cfg: a typed policy loss or a dict of its fields, tagged by ``loss_type``.
-        use_kl_loss: add the KL penalty; needs ``ref_logprobs``.
-        kl_loss_coef: its factor.
-        kl_loss_type: its estimator, required with ``use_kl_loss``.
         entropy_coef: factor of the entropy bonus, with the exact gradient of the full distribution's entropy.
+        entropy_reduction: how the entropy bonus is averaged, if not by ``loss_reduction`` (TRL: ``token``).
+        value_loss: loss of a critic's ``values``, given to ``forward``; needs ``returns``.
+        value_loss_coef: its factor.
         rollout_correction: weights and masks on the policy term that correct the sampler against the trainer.
         positive_nll_coef: factor of the mean of ``-logprobs`` over tokens of positive ``rewards`` (VAPO).
         nonfinite: what to do where the inputs of a token are NaN or inf: ``raise``, or ``drop`` the token and count it.
     """
 
     policy_loss_cfg: AnyPolicyLossConfig
-    use_kl_loss: bool = False
-    kl_loss_coef: float = Field(default=0.001, allow_inf_nan=False)
-    kl_loss_type: KLType | None = None
     entropy_coef: float = Field(default=0.0, allow_inf_nan=False)
+    entropy_reduction: Reduction | None = None
+    value_loss: ValueLossConfig | None = None
+    value_loss_coef: float = Field(default=0.1, allow_inf_nan=False)
     rollout_correction: AnyRolloutCorrection = None
     positive_nll_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     nonfinite: NonFinite = "raise"
@@ -59,18 +63,55 @@ class GRPOLossConfig(ReducedLossConfig):
 
     @model_validator(mode="after")
     def _corrects_once(self) -> GRPOLossConfig:
-        if self.rollout_correction is not None and "rollout_logprobs" in self.policy_loss_cfg.needs:
+        policy: PolicyLossConfig = self.policy_loss_cfg
+        if self.rollout_correction is None:
+            return self
+        if policy.folds_is_weights:
             raise ValueError(
-                f"{type(self.policy_loss_cfg).__name__} weighs by the sampler itself; rollout_correction would do it "
-                "twice: leave one out"
+                f"{type(policy).__name__} folds is_weights into its formula: give those, no rollout_correction"
+            )
+        itself = "rollout_logprobs" in policy.needs or policy.ratio_anchor() == "rollout"
+        if itself and self.rollout_correction.level is not None:
+            raise ValueError(
+                f"{type(policy).__name__} weighs by the sampler itself; the weights of rollout_correction would do it "
+                "twice: set its level to None, or leave it out"
             )
         return self
 
     @model_validator(mode="after")
-    def _kl_type_given(self) -> GRPOLossConfig:
-        if self.use_kl_loss and self.kl_loss_type is None:
-            raise ValueError("kl_loss_type must be given with use_kl_loss=True; low_var_kl (k3) is the usual choice")
+    def _entropy_reduction_holds(self) -> GRPOLossConfig:
+        self.entropy_reduction_options()  # raises
         return self
+
+    def entropy_reduction_options(self) -> ReductionOptions:
+        """The fields about the reduction of the entropy bonus as the calibration takes them."""
+        asked = self.reduction_options()
+        name = self.entropy_reduction
+        if name is None or name == asked.reduction:
+            return asked
+        return ReductionOptions(
+            name, None, asked.count_empty_sequences and name.startswith("sample"), asked.grad_reduce
+        )
+
+    def coupled_by(self, corrects_in_pass: bool = False) -> dict[Coupling, str]:
+        """What makes a token's loss depend on others, by how far it reaches; empty where each stands alone.
+
+        ``corrects_in_pass``: whether the rollout correction has no ``old_logprobs`` to form its weights from.
+        """
+        policy: PolicyLossConfig = self.policy_loss_cfg
+        reach, name = policy.couples(), type(policy).__name__
+        found = self.masks_couple()
+        if reach == "sequence":
+            found["sequence"] = f"{name} couples the tokens of a sequence"
+        elif reach == "group":
+            found["group"] = f"{name} couples the answers of a prompt"
+        elif reach == "batch":
+            found["batch"] = f"{name} couples the tokens of the micro-batch"
+        if self.use_kl_loss and self.kl_ratio_level == "sequence":
+            found.setdefault("sequence", "kl_ratio_level='sequence' takes the ratio of the sequence")
+        if corrects_in_pass and self.rollout_correction is not None and self.rollout_correction.needs_sequences:
+            found.setdefault("sequence", "rollout_correction weighs or rejects whole sequences")
+        return found
 
     @property
     def loss_ctx_cls(self) -> type[GRPOLossContext]:
@@ -84,56 +125,6 @@ class GRPOLossConfig(ReducedLossConfig):
         return super().build(data, sp_mesh, device)
 
 
-class RLLossContextInputItem(BaseLossContextInputItem):
-    """One micro-batch of rollouts. All tensors have the shape of ``shifted_labels``.
-
-    Args:
-        advantages: per token; the same for all tokens of a response in GRPO.
-        old_logprobs: of the policy at the start of the step; ``None``: ``rollout_logprobs`` if given, else on-policy
-            (the current ones, detached).
-        ref_logprobs: of the frozen reference, for the KL penalty.
-        rollout_logprobs: as the sampler reported them.
-        is_weights: constant weight on the policy term, correcting sampler against trainer.
-        group_ids: number of each token's prompt, the same on all ranks; for losses and reductions over prompts.
-        rewards: of the token's answer; tells which are positive. ``None``: those of positive advantage.
-    """
-
-    advantages: Annotated[Tensor, PerToken(pad=0.0)]
-    old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
-    group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
-    rewards: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-
-
-class GRPOLossKwargs(BaseLossKwargs):
-    """The item's tensors, and weights that hold the global denominator.
-
-    Args:
-        loss_mask: tokens that take part, where those with a label are not all; ``None``: they are.
-        rollout_weights: of the rollout correction, where the batch decides them.
-        policy_loss_weight: ``w is_weights rollout_weights``. kl_loss_weight: ``w kl_loss_coef``. entropy_loss_weight:
-            ``w entropy_coef``. nll_loss_weight: of ``-logprobs``. All 0 at tokens that take no part.
-        global_grad_tokens: valid tokens of the global batch, 0-d.
-    """
-
-    advantages: Annotated[Tensor, PerToken(pad=0.0)]
-    old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
-    group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
-    rewards: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    loss_mask: Annotated[Tensor | None, PerToken(pad=0)] = None
-    rollout_weights: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    policy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
-    kl_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
-    entropy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
-    nll_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
-    global_grad_tokens: Annotated[Tensor | None, PerBatch()] = None
-
-
 class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     """Policy loss of one micro-batch."""
 
@@ -141,17 +132,18 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     loss_kwargs: GRPOLossKwargs
 
     def is_token_local(self) -> bool:
-        return self.loss_cfg.policy_loss_cfg.coupling == "token" and not self._corrects_sequences_in_pass
+        return not self._coupled_by()
+
+    def why_coupled(self) -> str:
+        return "; ".join(self._coupled_by().values())
 
     @property
     def _corrects_in_pass(self) -> bool:
         """Whether the weights of the rollout correction wait for the current log-probs, which stand for the old."""
         return self.loss_cfg.rollout_correction is not None and self.loss_kwargs.old_logprobs is None
 
-    @property
-    def _corrects_sequences_in_pass(self) -> bool:
-        found = self.loss_cfg.rollout_correction
-        return found is not None and found.needs_sequences and self.loss_kwargs.old_logprobs is None
+    def _coupled_by(self) -> dict[Coupling, str]:
+        return self.loss_cfg.coupled_by(self._corrects_in_pass)
 
     @classmethod
     def calibrate(
@@ -166,17 +158,33 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if loss_cfg.use_kl_loss:
             for kwargs in kwargs_list:
                 require(kwargs, "ref_logprobs", _NEED_REF)
+        coupled = loss_cfg.coupled_by(policy_tokens.corrects_in_pass(kwargs_list, loss_cfg))
+        if coupled and sp_mesh is not None and sp_mesh.size() > 1:
+            raise UnsupportedError(
+                f"{'; '.join(coupled.values())}, but sp_mesh cuts sequences into parts; use a loss of each token, or "
+                "no sequence parallelism"
+            )
         calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
+        if "group" in coupled:
+            calibration.check_whole_groups(kwargs_list, loss_cfg.ignore_idx)
         counted = policy_tokens.settle_tokens(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh)
-        options = loss_cfg.reduction_options()
-        weights = reduction_weights(counted, loss_cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
-        num_tokens = calibration.global_sum([kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in counted])
+        ignore, options, entropy_options = (
+            loss_cfg.ignore_idx,
+            loss_cfg.reduction_options(),
+            loss_cfg.entropy_reduction_options(),
+        )
+        weights = entropy_weights = reduction_weights(counted, ignore, options, cu_seq_lens_list, sp_mesh)
+        if loss_cfg.entropy_coef and entropy_options != options:
+            entropy_weights = reduction_weights(counted, ignore, entropy_options, cu_seq_lens_list, sp_mesh)
+        num_tokens = calibration.global_sum([kwargs.shifted_labels != ignore for kwargs in counted])
         of_policy = cls.policy_weights(counted, weights, loss_cfg)
-        for kwargs, whole, policy in zip(kwargs_list, weights, of_policy, strict=True):
-            weight = policy_tokens.taking_part(kwargs, whole)
-            kwargs.policy_loss_weight = policy_tokens.corrected(kwargs, policy)
+        folded = loss_cfg.policy_loss_cfg.folds_is_weights
+        for kwargs, *whole in zip(kwargs_list, weights, entropy_weights, of_policy, strict=True):
+            weight, entropy_weight, policy = (policy_tokens.taking_part(kwargs, w) for w in whole)
+            kwargs.policy_loss_weight = policy if folded else policy_tokens.corrected(kwargs, policy)
             kwargs.kl_loss_weight = weight * loss_cfg.kl_loss_coef if loss_cfg.use_kl_loss else None
-            kwargs.entropy_loss_weight = weight * loss_cfg.entropy_coef if loss_cfg.entropy_coef else None
+            kwargs.entropy_loss_weight = entropy_weight * loss_cfg.entropy_coef if loss_cfg.entropy_coef else None
+            kwargs.value_loss_weight = None if loss_cfg.value_loss is None else weight * loss_cfg.value_loss_coef
             kwargs.global_grad_tokens = num_tokens
         if loss_cfg.nll_coef:
             policy_tokens.weigh_positive_nll(kwargs_list, counted, loss_cfg)
@@ -191,6 +199,8 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if self.loss_cfg.use_kl_loss:
             require(self.loss_kwargs, "ref_logprobs", _NEED_REF)
             require(self.loss_kwargs, "kl_loss_weight", _CALL_BUILD)
+            if self.loss_cfg.kl_ratio_anchor == "rollout":
+                require(self.loss_kwargs, "rollout_logprobs", "kl_ratio_anchor='rollout' takes the ratio to them")
         if self.loss_cfg.entropy_coef:
             require(self.loss_kwargs, "entropy_loss_weight", _CALL_BUILD)
         if self.loss_cfg.nll_coef:
@@ -198,21 +208,33 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if self.loss_cfg.rollout_correction is not None and not self._corrects_in_pass:
             require(self.loss_kwargs, "rollout_weights", _CALL_BUILD)
         policy: PolicyLossConfig = self.loss_cfg.policy_loss_cfg
+        if policy.ratio_anchor() == "rollout":
+            require(self.loss_kwargs, "rollout_logprobs", "anchor='rollout' takes the ratio to the sampler's log-probs")
         for name in policy.needs:
             field = "group_ids" if name == "groups" else name
             require(self.loss_kwargs, field, f"{type(policy).__name__} cannot do without it")
+        coupled = self._coupled_by()
+        if coupled and self.loss_kwargs.cut:
+            raise UnsupportedError(f"{self.why_coupled()}: kwargs that chunk() cut hold parts of them; cat() first")
         labels = self.loss_kwargs.shifted_labels
-        if self._corrects_sequences_in_pass and (labels.ndim == 1 or labels.shape[0] == 1):
-            require(self.loss_kwargs, "cu_seq_lens", "rollout_correction weighs or rejects whole sequences")
-        if policy.coupling == "sequence" and (labels.ndim == 1 or labels.shape[0] == 1):
-            require(
-                self.loss_kwargs,
-                "cu_seq_lens",
-                f"{type(policy).__name__} needs cu_seq_lens_list, [0, {labels.numel()}] if it is one sequence",
-            )
+        if coupled.keys() & {"sequence", "group"} and (labels.ndim == 1 or labels.shape[0] == 1):
+            why = f"{self.why_coupled()}: cu_seq_lens_list tells which, [0, {labels.numel()}] if it is one"
+            require(self.loss_kwargs, "cu_seq_lens", why)
+
+    def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
+        cfg, kwargs = self.loss_cfg, self.loss_kwargs
+        if cfg.value_loss is None:
+            return super().value_losses(values)
+        weight = require(kwargs, "value_loss_weight", _CALL_BUILD)
+        require(kwargs, "returns", "value_loss regresses the critic's values on it")
+        if cfg.value_loss.value_clip is not None:
+            require(kwargs, "old_values", f"value_clip={cfg.value_loss.value_clip} needs it")
+        return weighted_value_loss(cfg.value_loss, values, kwargs, weight, cfg.ignore_idx)
 
     def stats_needed(self) -> StatSpec:
-        return StatSpec(entropy=self.loss_cfg.entropy_coef != 0 or self.loss_cfg.policy_loss_cfg.needs_entropy)
+        cfg = self.loss_cfg
+        ranked = cfg.top_entropy_quantile is not None
+        return StatSpec(entropy=cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy)
 
     def live_mask(self) -> Tensor:
         if self.is_token_local():
@@ -227,7 +249,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if kwargs.policy_loss_weight is None or not self.is_token_local():
             return None
         zero = kwargs.policy_loss_weight == 0
-        if cfg.policy_loss_cfg.zero_at_zero_advantage:
+        if cfg.policy_loss_cfg.no_gradient_without_advantage():
             zero = zero | (kwargs.advantages == 0)
         for other in (kwargs.kl_loss_weight, kwargs.entropy_loss_weight, kwargs.nll_loss_weight):
             if other is not None:
@@ -237,32 +259,37 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     def twin(self, loss_kwargs: Any) -> LossTwin | None:
         cfg, kw = self.loss_cfg, loss_kwargs
         policy: PolicyLossConfig = cfg.policy_loss_cfg
-        known = policy.twin()
+        known = policy.twin() if self.is_token_local() else None
         if known is None or self._corrects_in_pass or kw.nll_loss_weight is not None:
+            return None
+        if cfg.use_kl_loss and not cfg.kl_in_kernel(policy.ratio_anchor()):
             return None
         loss, numbers = known
         vectors = {
             "weight": kw.policy_loss_weight,
             "advantages": kw.advantages,
-            "old_logprobs": self._old_logprobs(kw),
+            "old_logprobs": self._anchor(kw),
             "ref_logprobs": kw.ref_logprobs if cfg.use_kl_loss else None,
             "kl_weight": kw.kl_loss_weight,
             "aux_weight": kw.entropy_loss_weight,  # holds the coefficient
         }
         numbers["entropy_coef"] = 1.0 if cfg.entropy_coef else 0.0
-        kl = KL_ESTIMATOR[cfg.kl_loss_type] if cfg.use_kl_loss and cfg.kl_loss_type else None
-        return LossTwin(loss, numbers, kl, vectors)
+        if not cfg.use_kl_loss or cfg.kl_loss_type is None:
+            return LossTwin(loss, numbers, vectors=vectors)
+        numbers |= cfg.kl_numbers()
+        return LossTwin(loss, numbers, KL_ESTIMATOR[cfg.kl_loss_type], cfg.kl_loss_grad, vectors)
 
-    def _old_logprobs(self, kw: Any) -> Tensor | None:
-        """What the ratio is taken against; ``None``: the current ones. A correction keeps the sampler's for itself."""
+    def _anchor(self, kw: Any) -> Tensor | None:
+        """Log-probs that the ratio is taken against; ``None`` is on-policy."""
         found = self.loss_cfg.rollout_correction
-        bypass = found is None or found.bypass
-        old: Tensor | None = kw.rollout_logprobs if kw.old_logprobs is None and bypass else kw.old_logprobs
+        bypass = kw.old_logprobs is None and (found is None or found.bypass)  # else a correction keeps them for itself
+        from_rollout = bypass or self.loss_cfg.policy_loss_cfg.ratio_anchor() == "rollout"
+        old: Tensor | None = kw.rollout_logprobs if from_rollout else kw.old_logprobs
         return old
 
     def policy_batch(self, stats: TokenStats, kw: Any) -> PolicyBatch:
         """What the policy loss sees of these statistics and kwargs."""
-        old = self._old_logprobs(kw)
+        old = self._anchor(kw)
         sequences = None
         if not self.is_token_local():
             valid = kw.shifted_labels != self.loss_cfg.ignore_idx
@@ -274,6 +301,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             advantages=kw.advantages,
             rollout_logprobs=kw.rollout_logprobs,
             ref_logprobs=kw.ref_logprobs,
+            is_weights=kw.is_weights if self.loss_cfg.policy_loss_cfg.folds_is_weights else None,
             entropy=stats.entropy,
             sequences=sequences,
             groups=kw.group_ids,
@@ -284,11 +312,15 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         batch = self.policy_batch(stats, kw)
         valid = None if batch.sequences is None else batch.sequences.valid
         policy: PolicyLossConfig = cfg.policy_loss_cfg
-        loss = policy.per_token(batch)
-        if valid is not None:
-            loss = loss.masked_fill(~valid, 0)
+        leveled = batch.at(policy.level())
+        loss = policy.per_token(leveled)
+        masks = cfg.policy_masks(batch)
+        for mask in (*masks.values(), valid):
+            if mask is not None:
+                loss = loss.masked_fill(~mask, 0)
         loss = loss * kw.policy_loss_weight
-        metrics = policy_metrics(batch, policy.ratio_bounds()) | policy.metrics(batch)
+        metrics = policy_metrics(batch, leveled, policy.ratio_bounds()) | policy.metrics(leveled)
+        metrics |= {f"{name}_masked_frac": Metric.mean((~mask).to(loss.dtype), valid) for name, mask in masks.items()}
         if cfg.rollout_correction is not None and self._corrects_in_pass:
             weights, figures = correction.correct_in_pass(cfg.rollout_correction, batch)
             loss = loss * weights
@@ -296,14 +328,16 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if kw.nll_loss_weight is not None:
             loss = loss - batch.logprobs * kw.nll_loss_weight
         if cfg.use_kl_loss:
-            assert cfg.kl_loss_type is not None
-            kl = kl_penalty(batch.logprobs, kw.ref_logprobs, cfg.kl_loss_type)
+            kl = kl_of(cfg, batch, kw)
             loss = loss + kl * kw.kl_loss_weight
             metrics["ref_kl"] = Metric.mean(kl, valid)
         if stats.entropy is not None:
             metrics["entropy"] = Metric.mean(stats.entropy, valid)
             if cfg.entropy_coef:
-                loss = loss - stats.entropy * kw.entropy_loss_weight
+                entropy = stats.entropy
+                if "low_entropy" in masks:  # TRL leaves these tokens out of the bonus too
+                    entropy = entropy.masked_fill(~masks["low_entropy"], 0)
+                loss = loss - entropy * kw.entropy_loss_weight
         return loss, metrics
 
 

@@ -7,7 +7,8 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext, GRPOLossKwargs
+from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext
+from xloss.losses.grpo_batch import GRPOLossKwargs
 from xloss.losses.policy_tokens import positive_tokens, token_shares
 
 

@@ -14,3 +14,8 @@ def clamped_ratio(log_ratio: Tensor, low: float | None = None, high: float | Non
     if low is not None or high is not None:
         log_ratio = torch.clamp(log_ratio, min=low, max=high)
     return torch.exp(log_ratio)
+
+
+def ratio_within(log_ratio: Tensor, limit: float | None) -> Tensor:
+    """``clamped_ratio`` between ``-limit`` and ``limit``; ``None`` does not clamp."""
+    return clamped_ratio(log_ratio, None if limit is None else -limit, limit)

@@ -1,6 +1,14 @@
 """Policy losses: one typed config each, tagged by ``loss_type``, whose formula is a function of ``xloss.policy``."""
 
-from xloss.losses.policies import batch_coupled, decoupled, token_ratio
+from xloss.losses.policies import (
+    batch_coupled,
+    decoupled,
+    off_policy,
+    sequence,
+    sequence_ratio,
+    token_ratio,
+    trust_region,
+)
 from xloss.losses.policies.base import (
     AnyPolicyLossConfig,
     PolicyLossConfig,
@@ -15,7 +23,11 @@ __all__ = [
     "batch_coupled",
     "decoupled",
     "find_policy_loss",
+    "off_policy",
     "policy_losses",
     "register_policy_loss",
+    "sequence",
+    "sequence_ratio",
     "token_ratio",
+    "trust_region",
 ]

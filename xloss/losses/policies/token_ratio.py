@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from xloss.losses.policies.base import PolicyLossConfig, Twin, register_policy_loss
+from xloss.losses.policies.metrics import share
+from xloss.losses.policies.ratio import ClippedRatioConfig, LeveledRatioConfig, offset_bounds
+from xloss.metrics import Metric
 from xloss.policy import surrogate
 from xloss.policy.batch import PolicyBatch
 
@@ -43,45 +46,138 @@ class VanillaConfig(PolicyLossConfig):
         }
 
 
+class PPOClipConfig(ClippedRatioConfig):
+    """What losses with PPO's clip share; above the token they stand in ``sequence_ratio``."""
+
+    dual_clip_c: float | None = Field(default=None, gt=1)
+    delta: float | None = Field(default=None, gt=1)
+
+    def log_ratio_limits(self) -> tuple[float | None, float | None]:
+        """Lower and upper clamp of the log-ratio."""
+        clamp = self.log_ratio_clamp
+        return (None, None) if clamp is None else (-clamp, clamp)
+
+    def clipped(self, batch: PolicyBatch) -> Tensor:
+        """The clipped surrogate of each token ``[T]``."""
+        low, high = self.ratio_bounds()
+        lowest, highest = self.log_ratio_limits()
+        return surrogate.ppo_clip(
+            batch.logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            cliprange_low=1 - low,
+            cliprange_high=high - 1,
+            clip_ratio_c=self.dual_clip_c,
+            delta=self.delta,
+            log_prob_diff_min=lowest,
+            log_prob_diff_max=highest,
+        )
+
+    def metrics(self, batch: PolicyBatch) -> dict[str, Metric]:
+        log_ratio, losing = batch.log_ratio.detach(), batch.advantages < 0
+        bounds = {"dual_clip_frac": self.dual_clip_c, "delta_clip_frac": self.delta}
+        found = {
+            name: share(batch, losing & (log_ratio > math.log(bound)))
+            for name, bound in bounds.items()
+            if bound is not None
+        }
+        return super().metrics(batch) | found
+
+
 @register_policy_loss
-class CISPOConfig(PolicyLossConfig):
-    """CISPO with absolute thresholds on the ratio; one-sided by default."""
+class PPOConfig(PPOClipConfig):
+    """PPO / GRPO clip under the field's most common names and defaults: no dual clip, no two-sided clip."""
+
+    loss_type: Literal["ppo"] = "ppo"
+    default_bounds: ClassVar[dict[str, float]] = offset_bounds(0.2, 0.2)
+    cliprange_low: float | None = Field(default=0.2, ge=0)
+    cliprange_high: float | None = Field(default=0.2, ge=0)
+
+    def per_token(self, batch: PolicyBatch) -> Tensor:
+        return self.clipped(batch)
+
+    def twin(self) -> Twin:
+        low, high = self.ratio_bounds()
+        limit = math.inf if self.log_ratio_clamp is None else self.log_ratio_clamp
+        return "ppo", {
+            "ratio_min": low,
+            "ratio_max": high,
+            "dual_clip": self.dual_clip_c,
+            "delta": self.delta,
+            "log_ratio_min": -limit,
+            "log_ratio_max": limit,
+        }
+
+
+@register_policy_loss
+class CISPOConfig(ClippedRatioConfig):
+    """CISPO: the clipped ratio as a constant weight; one-sided by default."""
 
     loss_type: Literal["cispo"] = "cispo"
-    clip_low_threshold: float = Field(default=0.0, ge=0)
-    clip_high_threshold: float = Field(default=5.0, gt=0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> CISPOConfig:
-        if self.clip_low_threshold > self.clip_high_threshold:
-            raise ValueError(
-                f"clip_low_threshold={self.clip_low_threshold} is above clip_high_threshold={self.clip_high_threshold}"
-            )
-        return self
+    default_bounds: ClassVar[dict[str, float]] = {
+        "cliprange_low": 1.0,
+        "cliprange_high": 4.0,
+        "clip_low_threshold": 0.0,
+        "clip_high_threshold": 5.0,
+    }
+    clip_low_threshold: float | None = Field(default=0.0, ge=0)
+    clip_high_threshold: float | None = Field(default=5.0, gt=0)
+    unified_mask: bool = False
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
         return surrogate.cispo(
-            batch.logprobs, batch.old_logprobs, batch.advantages, **self.model_dump(exclude={"loss_type"})
+            batch.logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            **self.thresholds(),
+            unified_mask=self.unified_mask,
+            log_ratio_clamp=self.log_ratio_clamp,
+        )
+
+    def twin(self) -> Twin | None:
+        return None if self.unified_mask else _cispo_twin(*self.ratio_bounds(), self.log_ratio_clamp)
+
+
+@register_policy_loss
+class TISConfig(LeveledRatioConfig):
+    """Truncated importance sampling as a policy gradient: CISPO between 0 and 1."""
+
+    loss_type: Literal["tis"] = "tis"
+    clip_low_threshold: float = Field(default=0.0, ge=0)
+    clip_high_threshold: float = Field(default=1.0, gt=0)
+
+    def per_token(self, batch: PolicyBatch) -> Tensor:
+        return surrogate.cispo(
+            batch.logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            clip_low_threshold=self.clip_low_threshold,
+            clip_high_threshold=self.clip_high_threshold,
+            log_ratio_clamp=self.log_ratio_clamp,
         )
 
     def ratio_bounds(self) -> tuple[float, float]:
         return self.clip_low_threshold, self.clip_high_threshold
 
     def twin(self) -> Twin:
-        return "cispo", {"ratio_min": self.clip_low_threshold, "ratio_max": self.clip_high_threshold}
+        return _cispo_twin(*self.ratio_bounds(), self.log_ratio_clamp)
 
 
 @register_policy_loss
-class ImportanceSamplingConfig(PolicyLossConfig):
+class ImportanceSamplingConfig(LeveledRatioConfig):
     """Unclipped importance-weighted policy gradient."""
 
     loss_type: Literal["importance_sampling"] = "importance_sampling"
+    log_ratio_clamp: float | None = Field(default=None, gt=0)
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
-        return surrogate.importance_sampling(batch.logprobs, batch.old_logprobs, batch.advantages)
+        return surrogate.importance_sampling(
+            batch.logprobs, batch.old_logprobs, batch.advantages, log_ratio_clamp=self.log_ratio_clamp
+        )
 
     def twin(self) -> Twin:
-        return "importance_sampling", {}
+        limit = math.inf if self.log_ratio_clamp is None else self.log_ratio_clamp
+        return "importance_sampling", {"log_ratio_min": -limit, "log_ratio_max": limit}
 
 
 @register_policy_loss
@@ -100,6 +196,21 @@ class DROConfig(PolicyLossConfig):
 
 
 @register_policy_loss
+class KimiConfig(PolicyLossConfig):
+    """Kimi k1.5's mirror descent, k2 to the old policy: the formula of ``dro`` under its own name and default."""
+
+    loss_type: Literal["kimi"] = "kimi"
+    tau: float = Field(default=0.1, ge=0)
+    zero_at_zero_advantage: ClassVar[bool] = False
+
+    def per_token(self, batch: PolicyBatch) -> Tensor:
+        return surrogate.dro(batch.logprobs, batch.old_logprobs, batch.advantages, beta=self.tau)
+
+    def twin(self) -> Twin:
+        return "dro", {"beta": self.tau}
+
+
+@register_policy_loss
 class ReinforceConfig(PolicyLossConfig):
     """Plain policy gradient; the old policy does not enter."""
 
@@ -110,3 +221,8 @@ class ReinforceConfig(PolicyLossConfig):
 
     def twin(self) -> Twin:
         return "reinforce", {}
+
+
+def _cispo_twin(low: float, high: float, clamp: float | None) -> Twin:
+    limit = math.inf if clamp is None else clamp
+    return "cispo", {"ratio_min": low, "ratio_max": high, "log_ratio_min": -limit, "log_ratio_max": limit}

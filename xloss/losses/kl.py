@@ -1,0 +1,94 @@
+"""The KL penalty of a policy loss: its config, and its value on a batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from xloss.losses.policies.base import Anchor
+from xloss.losses.reduced import ReducedLossConfig
+from xloss.policy.batch import PolicyBatch
+from xloss.policy.kl import KLGrad, KLType, kl_limits, kl_penalty
+
+Limit = Annotated[float, Field(gt=0)] | Literal["auto"] | None
+
+
+class KLPenaltyConfig(ReducedLossConfig):
+    """A loss with an optional KL penalty to a reference policy.
+
+    Args:
+        use_kl_loss: add the KL penalty; needs ``ref_logprobs``.
+        kl_loss_coef: its factor.
+        kl_loss_type: its estimator, required with ``use_kl_loss``.
+        kl_loss_grad: its gradient: ``plain``, ``straight_through``, ``unbiased`` or ``score_function``
+            (``xloss.policy.kl.kl_penalty``).
+        kl_ratio_anchor: whose samples ``unbiased`` corrects for: ``old`` (as the policy loss finds it) or ``rollout``.
+        kl_ratio_level: ``token``, or ``sequence``: the mean log-ratio of the sequence (TRL with sequence-level ratios).
+        kl_clamp_in: limit of ``|logprobs - ref_logprobs|``; ``auto`` is 20 for k3 and none for the others.
+        kl_clamp_out: limit of the value; ``auto`` is 10 for k3 and none for the others.
+        kl_clamp_straight_through: whether a clamped token keeps its gradient.
+    """
+
+    use_kl_loss: bool = False
+    kl_loss_coef: float = Field(default=0.001, allow_inf_nan=False)
+    kl_loss_type: KLType | None = None
+    kl_loss_grad: KLGrad = "plain"
+    kl_ratio_anchor: Anchor = "old"
+    kl_ratio_level: Literal["token", "sequence"] = "token"
+    kl_clamp_in: Limit = "auto"
+    kl_clamp_out: Limit = "auto"
+    kl_clamp_straight_through: bool = False
+
+    @model_validator(mode="after")
+    def _kl_holds(self) -> Self:
+        if self.use_kl_loss and self.kl_loss_type is None:
+            raise ValueError("kl_loss_type must be given with use_kl_loss=True; low_var_kl (k3) is the usual choice")
+        if self.kl_loss_grad != "unbiased" and (self.kl_ratio_anchor, self.kl_ratio_level) != ("old", "token"):
+            raise ValueError(
+                "kl_ratio_anchor and kl_ratio_level describe the ratio of kl_loss_grad='unbiased'; got "
+                f"kl_loss_grad={self.kl_loss_grad!r}"
+            )
+        if self.kl_clamp_straight_through and self.kl_loss_grad == "straight_through":
+            raise ValueError(
+                "kl_clamp_straight_through=True means nothing with kl_loss_grad='straight_through', whose gradient no "
+                "clamp stops"
+            )
+        return self
+
+    def kl_in_kernel(self, anchor: Anchor) -> bool:
+        """Whether kernels can form the penalty beside a policy loss with this anchor."""
+        same_ratio = self.kl_loss_grad != "unbiased" or self.kl_ratio_anchor == anchor
+        return same_ratio and not self.kl_clamp_straight_through
+
+    def kl_numbers(self) -> dict[str, float]:
+        """Numbers of the penalty as kernels take them."""
+        assert self.kl_loss_type is not None
+        limits = kl_limits(self.kl_loss_type, self.kl_clamp_in, self.kl_clamp_out)
+        inner, outer = (math.inf if limit is None else limit for limit in limits)
+        return {"kl_clamp_in": inner, "kl_clamp_out": outer}
+
+
+def kl_of(cfg: KLPenaltyConfig, batch: PolicyBatch, loss_kwargs: Any) -> Tensor:
+    """The penalty of each token ``[T]``, before its coefficient."""
+    assert cfg.kl_loss_type is not None
+    log_ratio = None
+    if cfg.kl_loss_grad == "unbiased":
+        from_rollout = cfg.kl_ratio_anchor == "rollout" or loss_kwargs.old_logprobs is None
+        sampled = loss_kwargs.rollout_logprobs if from_rollout else loss_kwargs.old_logprobs
+        log_ratio = batch.logprobs - (batch.logprobs.detach() if sampled is None else sampled)
+        if cfg.kl_ratio_level == "sequence":
+            assert batch.sequences is not None
+            log_ratio = batch.sequences.spread(batch.sequences.mean(log_ratio))
+    return kl_penalty(
+        batch.logprobs,
+        loss_kwargs.ref_logprobs,
+        cfg.kl_loss_type,
+        grad=cfg.kl_loss_grad,
+        log_ratio=log_ratio,
+        clamp_in=cfg.kl_clamp_in,
+        clamp_out=cfg.kl_clamp_out,
+        clamp_straight_through=cfg.kl_clamp_straight_through,
+    )
