@@ -16,6 +16,7 @@ from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.mtp import MTPLossConfig, MTPLossContext, MTPLossContextInputItem, MTPLossKwargs
+from xloss.losses.oreal import OrealLossConfig, OrealLossContext, OrealLossKwargs
 from xloss.losses.policies import PolicyLossConfig, register_policy_loss
 from xloss.losses.preference import PreferenceLossConfig, PreferenceLossContext
 from xloss.losses.preferences import PreferenceTerm, register_preference_loss
@@ -55,6 +56,9 @@ __all__ = [
     "MTPLossContextInputItem",
     "MTPLossKwargs",
     "Metric",
+    "OrealLossConfig",
+    "OrealLossContext",
+    "OrealLossKwargs",
     "PerBatch",
     "PerToken",
     "PolicyLossConfig",

@@ -64,8 +64,3 @@ class GRPOLossKwargs(_PolicyFields, BaseLossKwargs):
     def taking_part(self, weight: Tensor) -> Tensor:
         """``weight``, 0 at tokens outside ``loss_mask``."""
         return weight if self.loss_mask is None else weight.masked_fill(~self.loss_mask, 0)
-
-    def sample_weights(self) -> Tensor | None:
-        """Product of ``is_weights`` and ``rollout_weights``, for losses that fold them in."""
-        found = [w for w in (self.is_weights, self.rollout_weights) if w is not None]
-        return None if not found else found[0] if len(found) == 1 else found[0] * found[1]
