@@ -8,6 +8,7 @@ memory, never larger than the budget or 8192 tokens; strips keep the budget; the
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,13 +230,10 @@ def test_main_grad_saves_the_buffer_in_two_passes() -> None:
 
 
 def test_what_explain_prints() -> None:
-    assert str(make_plan(request(kind="two-pass", logits_budget=0))) == (
-        "plan two-pass, mode fused: 8192 tokens, 8192 live, 8192 with a gradient\n"
-        "  head   H=4096 V=128256, 3.44e+04 GFLOP\n"
-        "  chunks 1 of up to 8192 tokens, no logits written\n"
-        "  memory 64.0 MiB of strip memory (dlogits of 4096 columns at a time), 2.2 GiB of gradients\n"
-        "  why    logits_budget=0: no logits are written"
-    )
+    """The page on plans shows it; this machine may have no GPU to print it on."""
+    page = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- plan: no logits -->\n```text\n")[1].split("\n```")[0]
+    assert str(make_plan(request(kind="two-pass", logits_budget=0))) == shown
     assert "  memory 23.6 MiB of partial statistics, 0 B of gradients\n" in str(make_plan(forward(kernels="no_logits")))
 
 
