@@ -12,9 +12,7 @@ from tests.unit.test_main_grad import check_sum
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
-@pytest.mark.parametrize(
-    "how", [{}, {"chunk_size": 7}, {"logits_budget": 0}, {"kernels": "no_logits", "chunk_size": 7}]
-)
+@pytest.mark.parametrize("how", [{"chunk_size": 9}, {"logits_budget": 0, "chunk_size": 9}])
 @pytest.mark.parametrize("dtype", budgets.FUSED_RELATIVE, ids=["fp32", "fp16"])
 def test_what_is_added(plan: str, how: dict[str, Any], dtype: torch.dtype) -> None:
     check_sum({"mode": "fused", "plan": plan, **how}, dtype, True, budgets.FUSED_RELATIVE[torch.float32])

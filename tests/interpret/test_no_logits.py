@@ -31,14 +31,13 @@ from xloss_kernels import head_backward
 from xloss_kernels.tiles import head_tile
 
 T, H, V = 23, 8, 131
-WIDE = 2600  # three splits of the forward, three strips of 1024 columns
+WIDE = 2100  # three splits of the forward, three strips of 1024 columns
 ALL: dict[str, Any] = {f"return_{name}": True for name in ("entropy", "mean_logit", "sum_p2", "top1")}
 NO_LOGITS: dict[str, Any] = {"mode": "fused", "logits_budget": 0}
 STRIPS = {"mode": "fused", "kernels": "no_logits", "logits_budget": 23 * 1024 * 4}
 HEADS: dict[str, Any] = {
     "plain": {},
     "softcap": {"softcap": 5.0, "logit_scale": 0.7},
-    "temperature": {"temperature": torch.linspace(0.5, 2.0, T)},
     "all": {"softcap": 9.0, "logit_scale": 1.3, "temperature": torch.linspace(2.0, 0.5, T)},
 }
 every_dtype = pytest.mark.parametrize("dtype", budgets.FUSED_RELATIVE, ids=["fp32", "fp16"])
@@ -228,14 +227,14 @@ def test_the_same_bits_again(plan: str) -> None:
 
 
 def test_a_budget_too_small_for_chunks_chooses_no_logits() -> None:
-    """199 live tokens whose budget holds the logits of 60: the same numbers, by strips that fit the budget."""
-    *inputs, labels = tensors(torch.float32, WIDE, tokens=200)
+    """69 live tokens whose budget holds the logits of 60: the same numbers, by strips that fit the budget."""
+    *inputs, labels = tensors(torch.float32, WIDE, tokens=70)
     budget = 60 * WIDE * 4
     item, cfg = CELossContextInputItem(shifted_labels=labels), CELossConfig(mode="fused", logits_budget=budget)
     (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)
     leaves = [x.clone().requires_grad_() for x in inputs]
     plan = cfg.loss_ctx_cls(cfg, kwargs).explain(*leaves)
-    assert (plan.kernels, plan.strip_columns, plan.num_chunks) == ("no_logits", 1536, 2)
+    assert (plan.kernels, plan.strip_columns, plan.num_chunks) == ("no_logits", 1792, 1)
     assert plan.logits_bytes <= budget
     assert_all_close(ours(inputs, labels, {}, mode="fused", logits_budget=budget), gold(inputs, labels, {}),
                      torch.float32)  # fmt: skip
