@@ -49,7 +49,8 @@ class PlanRequest:
     ``logit_bytes`` is the width of a logit and of an accumulator (4, or 8 for float64), ``operand_bytes`` that of the
     products' operands, ``strip_bytes`` that of a dlogit in a strip, ``weight_bytes`` that of the weight and of the
     gradient it gets. ``teacher_size``: hidden size of a second head whose logits stand beside the first's; 0: they are
-    given; ``None``: there is none. ``no_logits_refused`` says why the ``no_logits`` kernels cannot take these tensors, or ``None``.
+    given; ``None``: there is none. ``no_logits_refused`` says why the ``no_logits`` kernels cannot take these tensors,
+    or ``None``.
     """
 
     kind: PlanKind
