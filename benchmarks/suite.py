@@ -25,6 +25,7 @@ ALL = tuple(name for name in PROVIDERS if name != "xloss-eager")
 CORE = (
     *("gemm", "eager", "xloss-forward", "xloss-one-pass", "xloss-two-pass"),
     *("xloss-fused-forward", "xloss-fused-one-pass", "xloss-fused-two-pass"),
+    *("xloss-no-logits-forward", "xloss-no-logits-one-pass", "xloss-no-logits-two-pass"),
 )
 _APART = ("eager", "torch-lce", "liger-grpo", "xtuner-loop", "xloss-one-pass", "xloss-two-pass")
 

@@ -73,3 +73,28 @@ FUSED_RELATIVE = {torch.float32: 3e-6, torch.float16: 2e-3}
 DISTILL_RELATIVE = 4e-6
 """Losses and gradients of a small distillation, norm-wise: calibrated weights are float32, also in float64; in float32
 a divergence is a difference of log-probs of size up to 10, each known to 1e-6."""
+FUSED_LOGPROB_NATS = 1e-5  # log-probs of float32 inputs near -10: some tens of eps
+
+# Kernels by themselves, under the interpreter: max |error| / max |value| against float64.
+KERNEL_EAGER_FACTOR = 4.0  # or as many times eager's own error in the working precision, where that is more
+KERNEL_LEAST_SCALE = 1e-3  # a result smaller than this is judged as if it had this size
+KERNEL_ROWS = 2e-6  # statistics and dlogits of given logits: exp, a sum over V
+KERNEL_LOSS = 3e-6  # the same with a loss formula between
+KERNEL_SHARP = 2e-5  # temperatures of 0.1 make logits of 100
+KERNEL_HALF = 1e-3  # anything rounded to float16 at the end
+KERNEL_HEAD = 3e-6  # statistics of hidden x weight: the product's own sums come on top
+KERNEL_HEAD_TRANSFORMED = 1e-5  # through softcap, temperatures and bias, or from float16 operands
+KERNEL_HEAD_GRADIENT = 1e-5  # dlogits of logits computed twice, in two orders of sums
+KERNEL_HEAD_GRADIENT_TRANSFORMED = 3e-5
+KERNEL_FORMULA = {"rtol": 2e-6, "atol": 3e-6}  # a twin's value against the torch formula, both float32
+KERNEL_SLOPE = {"rtol": 2e-6, "atol": 1e-6}
+KERNEL_EXACT_VALUE = {"rtol": 2e-6, "atol": 0.0}  # k3 near 0, where every digit counts
+KERNEL_EXACT_SLOPE = {"rtol": 5e-7, "atol": 0.0}
+KERNEL_KINK_SLOPE = 1e-6  # relative
+KERNEL_SHIFT = {"rtol": 1e-5, "atol": 1e-5}  # differences of log-probs and merged shards, both known to float32
+KERNEL_SAME = {"rtol": 2e-5, "atol": 2e-6}  # two kernels for one gradient
+
+
+def kernel_logits(base: float, max_logit: float) -> float:
+    """`base` and the rounding of logits (or of an lse) of this size to float32, an error on every p."""
+    return base + 2.0**-22 * max_logit
