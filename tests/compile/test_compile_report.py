@@ -41,7 +41,7 @@ def test_figures_are_what_is_masked():
 
 def test_write_replaces_what_is_between_the_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     page = tmp_path / "page.md"
-    head, table, tail = re.split(r"(?<=--write -->\n)|(?=<!-- /compiled)", PAGE.read_text(encoding="utf-8"))
+    head, _, tail = re.split(r"(?<=--write -->\n)|(?=<!-- /compiled)", PAGE.read_text(encoding="utf-8"))
     page.write_text(head + "old\n" + tail, encoding="utf-8")
     monkeypatch.setattr(report, "_compile", lambda *_: iter([described(*p) for p in points()]))
     assert report.main(["--write", str(page)]) == 0

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty and its kin hand out NaN, without torch's deterministic mode: that would run other CUDA kernels."""
 
     def poisoned(make: Any) -> Any:
@@ -49,4 +48,3 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     assert torch.empty(3).isnan().all()
-    yield

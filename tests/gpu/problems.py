@@ -219,13 +219,12 @@ class Outcome:
 
 def item_of(case: LossCase, given: Inputs) -> BaseLossContextInputItem:
     b = given.batch
+    assert b.old is not None and b.ref is not None
     labels, advantages, old, ref = (on_device(x) for x in (b.labels, b.advantages, b.old, b.ref))
     if case.make is CELossConfig:
         return CELossContextInputItem(shifted_labels=labels)
     if case.make is GRPOLossConfig:
-        return RLLossContextInputItem(
-            shifted_labels=labels, advantages=advantages, old_logprobs=old, ref_logprobs=ref
-        )
+        return RLLossContextInputItem(shifted_labels=labels, advantages=advantages, old_logprobs=old, ref_logprobs=ref)
     return OwnItem(shifted_labels=labels, advantages=advantages, old_logprobs=old)
 
 
@@ -239,8 +238,8 @@ def context_of(case: LossCase, given: Inputs, **run: Any) -> BaseLossContext[Any
 
 def leaves_of(given: Inputs) -> list[Tensor]:
     """Hidden states, weight and bias on the lane's device, to be differentiated."""
-    moved = [on_device(x) for x in (given.hidden, given.weight, given.bias)]
-    return [x.requires_grad_() for x in moved if x is not None]
+    tensors = (given.hidden, given.weight, given.bias)
+    return [on_device(x).requires_grad_() for x in tensors if x is not None]
 
 
 def run_case(case: LossCase, given: Inputs, upstream: float = 1.7, **run: Any) -> Outcome:
@@ -259,5 +258,3 @@ def gold_case(case: LossCase, given: Inputs, upstream: float = 1.7) -> Outcome:
     terms = case.terms(stats, given)
     grads = [g for g in head.grads(terms.sum() * upstream, leaves) if g is not None]
     return Outcome(terms.sum().detach(), stats.logprobs.detach(), grads, terms.detach())
-
-

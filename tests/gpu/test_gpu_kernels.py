@@ -65,7 +65,7 @@ def moved(transform: Transform) -> Transform:
     temperature, bias = transform.temperature, transform.bias
     if isinstance(temperature, Tensor):
         temperature = temperature.to(DEVICE)
-    return replace(transform, temperature=temperature, bias=on_device(bias))
+    return replace(transform, temperature=temperature, bias=None if bias is None else on_device(bias))
 
 
 def adjoints_for(labels: Tensor) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ def target_for(where: str, logits: Tensor) -> Tensor | None:
 def test_dlogits(transform: str, dtype: torch.dtype, where: str) -> None:
     raw, labels = (3 * randn(ROWS, VOCAB)).to(dtype), labels_for(ROWS, VOCAB)
     how, adjoints = transform_for(transform, ROWS, VOCAB, dtype), adjoints_for(labels)
-    logits = raw.to(DEVICE, copy=True)  # DEVICE may be the CPU
+    logits = on_device(raw)
     known = row_stats(logits, labels.to(DEVICE), moved(how), **ALL)
     ours = dlogits(
         logits, labels.to(DEVICE), known.lse, moved(how), entropy=known.entropy, sum_p2=known.sum_p2,
@@ -155,7 +155,7 @@ def test_policy_rows(spec: PolicySpec, transform: str, dtype: torch.dtype, where
     }
     gold_loss, gold = oracle.policy_loss(leaf, labels, spec, how, vectors)
     (gold_grad,) = torch.autograd.grad(gold_loss.sum(), leaf)
-    logits = raw.to(DEVICE, copy=True)  # DEVICE may be the CPU
+    logits = on_device(raw)
     out = target_for(where, logits)
     ours = policy_rows(
         logits, labels.to(DEVICE), spec, moved(how), **{n: v.to(DEVICE) for n, v in vectors.items()}, out=out,

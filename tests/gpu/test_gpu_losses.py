@@ -15,7 +15,17 @@ import torch
 
 from tests import budgets
 from tests.gpu.lane import INTERPRETED, SMALL, Shape, each_dtype, each_mode, on_device
-from tests.gpu.problems import LOSSES, Inputs, LossCase, Outcome, context_of, gold_case, make_inputs, run_case
+from tests.gpu.problems import (
+    LOSSES,
+    Inputs,
+    LossCase,
+    Outcome,
+    context_of,
+    gold_case,
+    leaves_of,
+    make_inputs,
+    run_case,
+)
 from tests.oracle import head
 from xloss import BaseLossContextInputItem, LogProbConfig, linear_logprobs
 
@@ -77,7 +87,7 @@ def test_forward_only(chunk_size: int | None, mode: str, dtype: torch.dtype) -> 
         cls, item = cfg.loss_ctx_cls, BaseLossContextInputItem(shifted_labels=on_device(given.batch.labels))
         with torch.no_grad():
             ctx = cls(cfg, cls.build_batches_loss_kwargs([item], cfg)[0])
-            _, info = ctx.forward(*(on_device(x) for x in (given.hidden, given.weight, given.bias)))
+            _, info = ctx.forward(*leaves_of(given))
         assert info.plan.kind == ("forward-only" if run["mode"] == mode else "eager")
         found.append({"logprobs": info.logprobs.cpu(), "entropy": info.entropy.cpu()})
     gold = head.token_stats(given.hidden, given.weight, given.batch.labels, given.bias, given.head)
@@ -120,7 +130,9 @@ def test_every_statistic(mode: str, dtype: torch.dtype) -> None:
 @each_dtype
 @each_mode
 @pytest.mark.parametrize(
-    "shape", [Shape(1, 1, 1), Shape(1, 7, 2), Shape(3, 33, 65), Shape(17, 8, 129)], ids=lambda s: f"{s.tokens}x{s.vocab}"
+    "shape",
+    [Shape(1, 1, 1), Shape(1, 7, 2), Shape(3, 33, 65), Shape(17, 8, 129)],
+    ids=lambda s: f"{s.tokens}x{s.vocab}",
 )
 def test_shapes_smaller_than_any_block(shape: Shape, mode: str, dtype: torch.dtype) -> None:
     case, given = LOSSES["vanilla-k3-entropy"], make_inputs(dtype, shape=shape)

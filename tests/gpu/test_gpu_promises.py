@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from tests import budgets
-from tests.gpu.lane import DEVICE, DTYPES, INTERPRETED, PeakBytes, Shape, each_dtype, each_mode, need_free_bytes, no_sync
+from tests.gpu.lane import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    PeakBytes,
+    Shape,
+    each_dtype,
+    each_mode,
+    need_free_bytes,
+    no_sync,
+)
 from tests.gpu.problems import LOSSES, Inputs, LossCase, context_of, leaves_of, make_inputs
 from xloss import BaseLossContextInputItem, LogProbConfig, linear_logprobs
 from xloss_kernels.head_backward import head_dlogits
