@@ -186,6 +186,13 @@ def test_tuning_again_keeps_other_heads_and_replaces_a_damaged_file(folder: Path
     assert [p.name for p in folder.iterdir()] == ["tiles-cpu.json"], "nothing half-written stays"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_tuned_tile_leaves_the_partials_their_size(arch: int, dtype: torch.dtype) -> None:
+    """What a plan says about memory holds for every tile."""
+    assert {tile.split for tile in tiles.head_candidates(dtype, arch)} == {1024}
+
+
 def test_a_misspelt_choice_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLOSS_TILES", "tune")
     with pytest.raises(ValueError, match=r"XLOSS_TILES must be fixed \(the default\) or tuned; got 'tune'"):
