@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xloss_kernels import tiles
+from xloss_kernels import tiles, tuned
 from xloss_kernels.checks import check_labels, check_vectors
 from xloss_kernels.head_forward import load_label, tile_holds_label, tile_inv_temperature, transformed_tile
 from xloss_kernels.matmul import check_head, grouped, logits_tile, operand_arguments
@@ -171,7 +171,7 @@ def head_dlogits(
     if out is None:
         out = torch.empty(num_tokens, num_vocab, dtype=hidden.dtype, device=hidden.device)
     assert out.shape == (num_tokens, num_vocab) and (out.stride(1) == 1 or num_vocab == 1)
-    tile = tile or tiles.head_tile(hidden.dtype, tiles.arch_of(hidden.device))
+    tile = tile or tuned.head("head_dlogits", hidden.device, hidden.dtype, num_vocab, hidden.shape[1])
     transform = transform or Transform()
     if num_tokens:
         units = triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(num_vocab, tile.block_n)
