@@ -28,6 +28,8 @@ def finite_tokens(kwargs_list: Sequence[TokenBatch], ignore_idx: int, rule: NonF
             if mark.weight or name == "temperature" or not value.dtype.is_floating_point:
                 continue
             finite = torch.isfinite(value)
+            if mark.trailing:
+                finite = finite.all(-1)
             if rule == "raise":
                 _refuse(name, value, finite, valid, number)
             valid = valid & finite
