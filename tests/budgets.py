@@ -69,3 +69,7 @@ def assert_three_way(name: str, ours: Tensor, base: Tensor, gold: Tensor, workin
 
 FUSED_RELATIVE = {torch.float32: 3e-6, torch.float16: 2e-3}
 """The interpreted fused mode against float64, max |error| / max |value|: float32 sums; float16 inputs, gradients."""
+
+DISTILL_RELATIVE = 4e-6
+"""Losses and gradients of a small distillation, norm-wise: calibrated weights are float32, also in float64; in float32
+a divergence is a difference of log-probs of size up to 10, each known to 1e-6."""

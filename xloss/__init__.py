@@ -4,12 +4,25 @@ from xloss.errors import XlossError
 from xloss.head.linear_logprobs import linear_logprobs
 from xloss.losses.base import BaseLossConfig, BaseLossContext
 from xloss.losses.ce import CELossConfig, CELossContext, CELossContextInputItem, CELossKwargs
+from xloss.losses.distill import (
+    DistillLossConfig,
+    DistillLossContext,
+    DistillLossContextInputItem,
+    DistillLossKwargs,
+)
 from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext, GRPOLossKwargs, RLLossContextInputItem
 from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
+from xloss.losses.mtp import MTPLossConfig, MTPLossContext, MTPLossContextInputItem, MTPLossKwargs
 from xloss.losses.policies import PolicyLossConfig, register_policy_loss
+from xloss.losses.preference import PreferenceLossConfig, PreferenceLossContext
+from xloss.losses.preferences import PreferenceTerm, register_preference_loss
+from xloss.losses.preferences.kwargs import PreferenceLossContextInputItem, PreferenceLossKwargs
+from xloss.losses.soft_ce import SoftCELossConfig, SoftCELossContext, SoftCELossContextInputItem, SoftCELossKwargs
+from xloss.losses.value import ValueLossConfig, explained_variance
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
+from xloss.packing import roll_labels, shift_labels
 from xloss.stats import StatSpec, TokenStats
 
 __version__ = "0.1.0"
@@ -23,6 +36,10 @@ __all__ = [
     "CELossContext",
     "CELossContextInputItem",
     "CELossKwargs",
+    "DistillLossConfig",
+    "DistillLossContext",
+    "DistillLossContextInputItem",
+    "DistillLossKwargs",
     "GRPOLossConfig",
     "GRPOLossContext",
     "GRPOLossKwargs",
@@ -30,17 +47,35 @@ __all__ = [
     "LogProbContext",
     "LogProbKwargs",
     "LossInfo",
+    "MTPLossConfig",
+    "MTPLossContext",
+    "MTPLossContextInputItem",
+    "MTPLossKwargs",
     "Metric",
     "PerBatch",
     "PerToken",
     "PolicyLossConfig",
+    "PreferenceLossConfig",
+    "PreferenceLossContext",
+    "PreferenceLossContextInputItem",
+    "PreferenceLossKwargs",
+    "PreferenceTerm",
     "RLLossContextInputItem",
+    "SoftCELossConfig",
+    "SoftCELossContext",
+    "SoftCELossContextInputItem",
+    "SoftCELossKwargs",
     "StatSpec",
     "TokenStats",
+    "ValueLossConfig",
     "XlossError",
     "__version__",
+    "explained_variance",
     "finalize_metrics",
     "linear_logprobs",
     "merge_metrics",
     "register_policy_loss",
+    "register_preference_loss",
+    "roll_labels",
+    "shift_labels",
 ]

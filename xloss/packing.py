@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from xloss.errors import DtypeError, ShapeError
+from xloss.errors import DtypeError, OptionError, ShapeError
 
 
 def check_cu_seq_lens(cu_seq_lens: Tensor, num_tokens: int) -> None:
@@ -50,6 +50,49 @@ def rows_as_segments(shape: torch.Size, device: torch.device) -> Tensor:
     return torch.arange(rows + 1, device=device) * length
 
 
+def roll_segments(values: Tensor, cu_seq_lens: Tensor | None, shift: int, fill: float) -> Tensor:
+    """``values`` moved ``shift`` places to the left inside each sequence; ``fill`` where nothing moves in.
+
+    Args:
+        values: ``[T]`` or ``[1, T]`` packed, or ``[B, S]`` with a sequence a row.
+        cu_seq_lens: bounds ``[N + 1]`` of the packed sequences; ``None``: every row is one, and ``[T]`` is one.
+        shift: at least 0.
+
+    Raises:
+        OptionError: ``shift`` is negative. ShapeError, DtypeError: ``cu_seq_lens`` does not describe ``values``.
+    """
+    if shift < 0:
+        raise OptionError(f"shift must be at least 0, places to the left; got {shift}")
+    if values.ndim not in (1, 2):
+        raise ShapeError(f"values must be [T], [1, T] or [B, S]; got {tuple(values.shape)}")
+    if cu_seq_lens is None:
+        bounds = rows_as_segments(values.shape, values.device)
+    elif values.ndim == 2 and values.shape[0] != 1:
+        raise ShapeError(f"cu_seq_lens describes one packed row, [T] or [1, T]; got values of {tuple(values.shape)}")
+    else:
+        check_cu_seq_lens(cu_seq_lens, values.numel())
+        bounds = cu_seq_lens.to(values.device)
+    flat = values.reshape(-1)
+    end = bounds[1:][segment_ids(bounds, flat.numel())]
+    source = torch.arange(flat.numel(), device=flat.device) + shift
+    moved = flat[source.clamp(max=max(flat.numel() - 1, 0))]
+    return moved.masked_fill(source >= end, fill).reshape(values.shape)
+
+
+def roll_labels(labels: Tensor, cu_seq_lens: Tensor | None, shift: int, ignore_idx: int = -100) -> Tensor:
+    """Labels of a head that predicts ``shift`` tokens further ahead: ``labels[t + shift]`` at t where that is in the
+    same sequence, else ``ignore_idx``. Arguments and errors as in ``roll_segments``.
+    """
+    return roll_segments(labels, cu_seq_lens, shift, ignore_idx)
+
+
+def shift_labels(labels: Tensor, cu_seq_lens: Tensor | None = None, ignore_idx: int = -100) -> Tensor:
+    """``shifted_labels`` from labels that stand at their own tokens: at t the next token of the same sequence, and
+    ``ignore_idx`` at its last. Arguments and errors as in ``roll_segments``.
+    """
+    return roll_labels(labels, cu_seq_lens, 1, ignore_idx)
+
+
 @dataclass(frozen=True)
 class Segments:
     """The sequences of a batch as a loss that couples tokens needs them. Sums run over valid tokens only.
@@ -84,3 +127,26 @@ class Segments:
     def spread(self, per_sequence: Tensor) -> Tensor:
         """Value of its sequence for each token, ``[count]`` to ``[T]``; differentiable."""
         return per_sequence[self.ids]
+
+    def runs(self) -> Segments:
+        """The runs of consecutive valid tokens within the sequences: the turns of a conversation.
+
+        ``count`` is an upper bound, the number of tokens: how many runs there are, only the device knows.
+        """
+        before = torch.zeros_like(self.valid)
+        before[1:] = self.valid[:-1] & (self.ids[1:] == self.ids[:-1])
+        starts = self.valid & ~before
+        return Segments((starts.cumsum(0) - 1).clamp(min=0), self.valid.numel(), self.valid)
+
+    def discounted_future(self, values: Tensor, discount: float) -> Tensor:
+        """``F_t = sum of discount^(s - t) values_s`` over valid tokens ``s >= t`` of its sequence, ``[T]`` to ``[T]``.
+
+        Distances count every position, left-out ones too. A scan by doubling: ``log2 T`` steps for any sequences.
+        """
+        total, reach = values.masked_fill(~self.valid, 0), 1
+        while reach < total.shape[0]:
+            same = self.ids[reach:] == self.ids[:-reach]
+            ahead = torch.where(same, total[reach:], 0) * discount**reach
+            total = torch.cat([total[:-reach] + ahead, total[-reach:]])
+            reach *= 2
+        return total.masked_fill(~self.valid, 0)

@@ -16,6 +16,7 @@ class StatSpec:
     mean_logit: bool = False
     sum_p2: bool = False
     top1: bool = False
+    divergence: bool = False
 
     def __or__(self, other: StatSpec) -> StatSpec:
         return StatSpec(**{f.name: getattr(self, f.name) or getattr(other, f.name) for f in fields(self)})
@@ -33,6 +34,7 @@ class TokenStats:
     - ``entropy [T]``: ``lse - sum(p z)``
     - ``mean_logit [T]``: ``sum(z) / V``
     - ``sum_p2 [T]``: ``sum(p^2)``
+    - ``divergence [T]``: from a second distribution, as the loss that brought it defines it
     - ``top1 [T]``: ``argmax(z)``, int64, not differentiable
     """
 
@@ -42,6 +44,7 @@ class TokenStats:
     mean_logit: Tensor | None = None
     sum_p2: Tensor | None = None
     top1: Tensor | None = None
+    divergence: Tensor | None = None
 
     def differentiable(self) -> Iterator[tuple[str, Tensor]]:
         """The statistics present that carry gradients, as ``(name, tensor)``."""
@@ -56,7 +59,7 @@ class TokenStats:
         return replace(self, **{k: fn(v) for k, v in present.items() if v is not None})
 
 
-DIFFERENTIABLE: tuple[str, ...] = ("logprobs", "lse", "entropy", "mean_logit", "sum_p2")
+DIFFERENTIABLE: tuple[str, ...] = ("logprobs", "lse", "entropy", "mean_logit", "sum_p2", "divergence")
 
 
 def mask_ignored(stats: TokenStats, labels: Tensor, ignore_index: int) -> TokenStats:

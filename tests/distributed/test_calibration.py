@@ -23,7 +23,16 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tests import budgets
 from tests.oracle import ce, grpo, head
-from xloss import CELossConfig, CELossContextInputItem, GRPOLossConfig, RLLossContextInputItem, finalize_metrics
+from xloss import (
+    CELossConfig,
+    CELossContextInputItem,
+    GRPOLossConfig,
+    MTPLossConfig,
+    RLLossContextInputItem,
+    SoftCELossConfig,
+    SoftCELossContextInputItem,
+    finalize_metrics,
+)
 
 pytestmark = pytest.mark.distributed
 WORLD, H, V = 2, 3, 11
@@ -96,7 +105,29 @@ def split_sequence(rank: int) -> dict[str, Any]:
         loss, _ = ctx_cls(cfg, kwargs).forward(padded[:, rank * part : (rank + 1) * part], w)
         loss.backward()
         results[reduction] = {"loss": loss.detach(), "grad": w.grad}
-    return results
+    mtp = MTPLossConfig(mtp_depth=2, loss_reduction="sample", mode="chunk", chunk_size=4, grad_reduce="sum")
+    ctx = mtp.build({"shifted_labels": batch.labels}, sp_mesh=mesh)
+    assert ctx is not None
+    type(ctx).build_batches([ctx], [cu], mesh)
+    w = weight().requires_grad_()
+    loss, _ = ctx.forward(padded[:, rank * part : (rank + 1) * part], w)
+    loss.backward()
+    results["mtp"] = {"loss": loss.detach(), "grad": w.grad}
+    targets, weights = soft_targets(batch.labels)
+    soft = SoftCELossConfig(mode="chunk", chunk_size=4, grad_reduce="sum")
+    item = SoftCELossContextInputItem(shifted_labels=batch.labels, target_tokens=targets, target_weights=weights)
+    (kwargs,) = soft.loss_ctx_cls.build_batches_loss_kwargs([item.sp_split(mesh)], soft, None, mesh)
+    w = weight().requires_grad_()
+    loss, _ = soft.loss_ctx_cls(soft, kwargs).forward(padded[:, rank * part : (rank + 1) * part], w)
+    loss.backward()
+    return results | {"soft": {"loss": loss.detach(), "grad": w.grad}}
+
+
+def soft_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Three targets a token with random weights, the same in every process."""
+    g = torch.Generator().manual_seed(5)
+    shape = (*labels.shape, 3)
+    return torch.randint(0, V, shape, generator=g), torch.randn(shape, generator=g, dtype=torch.float64)
 
 
 def jobs(rank: int) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -183,13 +214,20 @@ def test_metrics_are_global(ranks: list[dict[str, Any]]) -> None:
             assert seen[name] == pytest.approx(value, rel=1e-12), name
 
 
-@pytest.mark.parametrize("reduction", ["token", "sample", "square"])
-def test_split_sequence(ranks: list[dict[str, Any]], reduction: str) -> None:
-    """Two halves of a pack, the second padded: tokens of a sequence are counted over both."""
+@pytest.mark.parametrize("name", ["token", "sample", "square", "mtp", "soft"])
+def test_split_sequence(ranks: list[dict[str, Any]], name: str) -> None:
+    """Two halves of a pack, the second padded: tokens of a sequence are counted, and labels rolled, over both."""
     hidden, batch, cu = micro_batches(0)[0]
     (w,) = head.leaves(weight())
-    (weights,) = ce.step_weights([batch.labels], [cu], reduction)
-    loss = ce.loss(hidden, w, batch.labels, weights)
-    seen = [r["sequence"][reduction] for r in ranks]
+    labels, reduction = batch.labels, name
+    if name == "mtp":
+        labels, reduction = torch.tensor([ce.rolled(labels[0].tolist(), cu.tolist(), 2, -100)]), "sample"
+    if name == "soft":
+        targets, target_weights = soft_targets(labels)
+        loss = (ce.soft(hidden[0] @ w.T, targets[0], target_weights[0]) * (labels[0] != -100)).sum()
+    else:
+        (weights,) = ce.step_weights([labels], [cu], reduction)
+        loss = ce.loss(hidden, w, labels, weights)
+    seen = [r["sequence"][name] for r in ranks]
     budgets.assert_relative("loss", sum(s["loss"] for s in seen), loss, budgets.F32_LOSS)
     budgets.assert_relative("grad", sum(s["grad"] for s in seen), head.grads(loss, [w])[0], budgets.F32_GRADIENT)

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden.cases import Case, cases, differ, mismatch
+from tests.golden.cases import ENTRIES, Case, cases, differ, mismatch
+from tests.golden.records import Entry
 from tests.oracle import head
 from tests.property.helpers import leaf
 from xloss import (
@@ -42,6 +43,12 @@ METRIC_NAMES = {
     "reduced_train_policy_kl3": "approx_kl_k3",
     "reduced_train_policy_clip_frac_low": "ratio_low_frac",  # XTuner counts whatever the advantage's sign
     "reduced_train_policy_clip_frac_high": "ratio_high_frac",
+}
+CASES: list[Entry] = ENTRIES
+DIFFERENT: dict[str, str] = {
+    case["id"]: "0 at ignored positions; XTuner has the log-prob of token 0 there"
+    for case in ENTRIES
+    if case["loss_name"] == "logprob"
 }
 RUNS: dict[str, dict[str, Any]] = {
     "eager": {"mode": "eager"},

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from xloss import CELossConfig, GRPOLossConfig, RLLossContextInputItem
+from xloss import CELossConfig, GRPOLossConfig, MTPLossConfig, RLLossContextInputItem, SoftCELossConfig
 
 T = 5
 VANILLA = {"loss_type": "vanilla", "cliprange_low": 0.2, "cliprange_high": 0.2}
@@ -34,6 +34,19 @@ CONFIGS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "plan": (lambda: CELossConfig(plan="three_pass"), ("plan", "three_pass", "two_pass")),
     "reduction": (lambda: CELossConfig(loss_reduction="mean"), ("loss_reduction", "mean", "square")),
     "smoothing": (lambda: CELossConfig(label_smoothing=1.5), ("label_smoothing", "1.5")),
+    "smoothing-kind": (lambda: CELossConfig(label_smoothing_kind="megatron"), ("megatron", "label_smoothing > 0")),
+    "two-forms": (
+        lambda: CELossConfig(focal_gamma=2.0, token_scaling="dft"),
+        ("focal_gamma=2.0", "token_scaling='dft'"),
+    ),
+    "smoothed-focal": (lambda: CELossConfig(focal_gamma=2.0, label_smoothing=0.1), ("focal_gamma=2.0", "0.1")),
+    "gamma": (lambda: CELossConfig(focal_gamma=-1.0), ("focal_gamma", "-1")),
+    "scaling": (lambda: CELossConfig(token_scaling="phi"), ("token_scaling", "phi", "chord_phi")),
+    "cutoff": (lambda: CELossConfig(token_scaling="dft", cutoff_prob=0.5), ("cutoff_prob=0.5", "chord_phi", "dft")),
+    "cutoff-0": (lambda: CELossConfig(token_scaling="chord_phi", cutoff_prob=0.0), ("cutoff_prob", "0")),
+    "mtp-depth": (lambda: MTPLossConfig(mtp_depth=0), ("mtp_depth", "0")),
+    "mtp-kl": (lambda: MTPLossConfig(kl_loss_type="k3", z_loss_coef=0.1), ("kl_loss_type", "z_loss_coef")),
+    "soft-smoothing": (lambda: SoftCELossConfig(label_smoothing=0.1), ("label_smoothing", "SoftCELossConfig")),
     "misspelt": (lambda: CELossConfig(chunk_sise=4), ("chunk_sise", "Did you mean 'chunk_size'?")),
     "grpo-reduction": (
         lambda: GRPOLossConfig(policy_loss_cfg=VANILLA, loss_reduction="mean"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xloss.head.options import HeadOptions
+from xloss.head.teacher import TeacherRows
 from xloss.stats import TokenStats
 
 Adjoints = dict[str, Tensor]
@@ -19,18 +20,35 @@ TwinName = Literal["ce", "reinforce", "importance_sampling", "ppo", "cispo", "dr
 
 @dataclass(frozen=True)
 class RawRows:
-    """A chunk as the GEMM left it: raw logits ``[C, V]``, bias ``[V]`` not yet added; labels ``[C]`` or ``[C, K]``."""
+    """A chunk as the GEMM left it: raw logits ``[C, V]``, bias ``[V]`` not yet added; labels ``[C]`` or ``[C, K]``.
+
+    ``teacher``: a second distribution's part of the chunk, where the divergence from it is wanted.
+    """
 
     logits: Tensor
     labels: Tensor
     temperature: float | Tensor
     bias: Tensor | None
+    teacher: TeacherRows | None = None
 
-    def select(self, index: Tensor, logits: Tensor) -> RawRows:
-        """Rows ``index`` of everything but the logits, which are given."""
-        t = self.temperature
-        temperature = t.index_select(0, index) if isinstance(t, Tensor) else t
-        return replace(self, logits=logits, labels=self.labels[index], temperature=temperature)
+    def keep_rows_(self, index: Tensor) -> RawRows:
+        """Rows ``index`` (ascending) of everything, moved to the front of the buffers in place."""
+        t, teacher = self.temperature, self.teacher
+        return replace(
+            self,
+            logits=_to_front_(self.logits, index),
+            labels=self.labels[index],
+            temperature=t.index_select(0, index) if isinstance(t, Tensor) else t,
+            teacher=None if teacher is None else teacher.select(index, _to_front_(teacher.logits, index)),
+        )
+
+
+def _to_front_(buffer: Tensor, index: Tensor) -> Tensor:
+    step = max(1, (4 << 20) // max(1, buffer.shape[1] * buffer.element_size()))
+    for start in range(0, index.numel(), step):
+        part = index[start : start + step]
+        buffer[start : start + part.numel()] = buffer.index_select(0, part)
+    return buffer[: index.numel()]
 
 
 @dataclass(frozen=True)
@@ -42,14 +60,9 @@ class RowState:
     holds_probs: bool = False
 
     def keep_rows_(self, index: Tensor) -> RowState:
-        """Move rows ``index`` (ascending) to the front of the buffer, in place, and forget the others."""
-        buffer = self.rows.logits
-        step = max(1, (4 << 20) // max(1, buffer.shape[1] * buffer.element_size()))
-        for start in range(0, index.numel(), step):
-            part = index[start : start + step]
-            buffer[start : start + part.numel()] = buffer.index_select(0, part)
+        """Move rows ``index`` (ascending) to the front of the buffers, in place, and forget the others."""
         stats = self.stats.map(lambda x: x.index_select(0, index))
-        return RowState(self.rows.select(index, buffer[: index.numel()]), stats, self.holds_probs)
+        return RowState(self.rows.keep_rows_(index), stats, self.holds_probs)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A backend turns raw logits into statistics (``forward``) and, given one adjoint 
 (``backward``), both in the buffer the GEMM wrote. Elementwise passes run over blocks of rows that fit the cache.
 
     dz = g (onehot(y) - p) - e p (log p + entropy) + l p + m / V + 2 s p (p - sum_p2)
+       + d (q - p sum(q)) / student_temperature,   q = p * d divergence / d p
     draw = dz / temperature * softcap'(.) * logit_scale
 """
 
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from xloss.head.backend import Adjoints, LossTwin, RawRows, RowState
 from xloss.head.options import HeadOptions
+from xloss.head.teacher import TeacherRows
+from xloss.head.transform import column, transform_
+from xloss.policy.divergence import divergence, divergence_grad
 from xloss.stats import TokenStats
 
-_BIAS_FLOOR = -1e30  # a banned token's bias of -inf becomes this: its probability is exactly 0 and p * z stays 0
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_DIVERGENCE_SHARE = 4  # its formulas make several temporaries of a block's size
 
 
 def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowState:
@@ -33,7 +37,8 @@ def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowSt
     picked = raw.gather(1, _label_index(labels, raw.shape[1])).view(labels.shape)
     mean_logit = raw.mean(1) if spec.mean_logit else None
     top1 = raw.argmax(1) if spec.top1 else None
-    to_probs = for_backward and not (spec.entropy or spec.sum_p2) and options.softcap is None
+    found = None if rows.teacher is None else _divergence(raw, rows.teacher)
+    to_probs = for_backward and not (spec.entropy or spec.sum_p2) and options.softcap is None and found is None
     lse = raw.new_empty(raw.shape[0])
     entropy = torch.empty_like(lse) if spec.entropy else None
     sum_p2 = torch.empty_like(lse) if spec.sum_p2 else None
@@ -51,7 +56,7 @@ def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowSt
         if sum_p2 is not None:
             sum_p2[span] = torch.linalg.vecdot(p, p)
     logprobs = picked - (lse if labels.ndim == 1 else lse.unsqueeze(1))
-    stats = TokenStats(logprobs, lse, entropy, mean_logit, sum_p2, top1)
+    stats = TokenStats(logprobs, lse, entropy, mean_logit, sum_p2, top1, found)
     return RowState(rows, stats, to_probs)
 
 
@@ -82,9 +87,11 @@ def backward(state: RowState, adjoints: Adjoints, options: HeadOptions, operand:
     uniform = others["mean_logit"] / vocab if "mean_logit" in others else None
     inner = options.logit_scale / state.rows.temperature  # d z / d raw, softcap apart
     if options.softcap is None:
-        p_coef, onehot = p_coef * inner, onehot * _column(inner)
+        p_coef, onehot = p_coef * inner, onehot * column(inner)
         uniform = None if uniform is None else uniform * inner
         others = {k: v * inner for k, v in others.items()}
+    if "divergence" in others:
+        _divergence_to_grad_(state.rows, others["divergence"])
     if state.holds_probs:
         _probs_to_grad_(buffer, p_coef, uniform)
         buffer.scatter_add_(1, _label_index(labels, vocab), onehot.to(buffer.dtype))
@@ -125,6 +132,7 @@ def _logits_to_grad_(
     options: HeadOptions,
 ) -> None:
     entropy, sum_p2 = others.get("entropy"), others.get("sum_p2")
+    teacher = state.rows.teacher if "divergence" in others else None
     buffer = state.rows.logits
     index = _label_index(state.rows.labels, buffer.shape[1])
     probs = _scratch(buffer)
@@ -143,6 +151,8 @@ def _logits_to_grad_(
         if uniform is not None:
             z.add_(uniform[rows].unsqueeze(1))
         z.scatter_add_(1, index[rows], onehot[rows].to(z.dtype))
+        if teacher is not None:
+            z.add_(teacher.logits[rows])
         if slope is not None:
             z.mul_(chain)
 
@@ -150,31 +160,42 @@ def _logits_to_grad_(
 def _softcap_slope(z: Tensor, temperature: float | Tensor, rows: slice, options: HeadOptions, out: Tensor) -> Tensor:
     """``d z / d raw = logit_scale / temperature * (1 - tanh^2)``, with ``tanh = z temperature / softcap``."""
     assert options.softcap is not None
-    t = _column(temperature[rows]) if isinstance(temperature, Tensor) else temperature
+    t = column(temperature[rows]) if isinstance(temperature, Tensor) else temperature
     torch.mul(z, t / options.softcap, out=out)
     return out.square_().neg_().add_(1).mul_(options.logit_scale / t)
 
 
+def _divergence(z: Tensor, teacher: TeacherRows) -> Tensor:
+    """Divergence ``[C]`` of transformed logits ``z [C, V]`` from the teacher's."""
+    out = z.new_empty(z.shape[0])
+    for span, part in _blocks(z, _DIVERGENCE_SHARE):
+        out[span] = divergence(part / _student_column(teacher, span), teacher.logits[span], teacher.divergence)
+    return out
+
+
+def _divergence_to_grad_(rows: RawRows, adjoint: Tensor) -> None:
+    """The teacher's buffer becomes ``adjoint [C]`` times the gradient of the divergence with respect to ``z``."""
+    teacher = rows.teacher
+    assert teacher is not None
+    for span, z in _blocks(rows.logits, _DIVERGENCE_SHARE):
+        t, other = _student_column(teacher, span), teacher.logits[span]
+        grad = divergence_grad(z / t, other, teacher.divergence)
+        torch.mul(grad, adjoint[span].unsqueeze(1) / t, out=other)
+
+
+def _student_column(teacher: TeacherRows, span: slice) -> float | Tensor:
+    t = teacher.student_temperature
+    return t[span].unsqueeze(1) if isinstance(t, Tensor) else t
+
+
 def _transform_(rows: RawRows, options: HeadOptions) -> None:
-    raw, t = rows.logits, _column(rows.temperature)
-    if rows.bias is not None:
-        raw += rows.bias.to(raw.dtype).clamp(min=_BIAS_FLOOR)
-    if options.softcap is None:
-        factor = options.logit_scale / t
-        if isinstance(factor, Tensor) or factor != 1.0:
-            raw.mul_(factor)
-    else:
-        raw.mul_(options.logit_scale / options.softcap).tanh_().mul_(options.softcap / t)
+    transform_(rows.logits, rows.bias, rows.temperature, options.logit_scale, options.softcap)
 
 
 def _label_index(labels: Tensor, vocab: int) -> Tensor:
     """Labels as a gather index ``[C, K]``: out-of-range ones (ignored) read column 0 or V - 1 and are masked later."""
     index = labels.clamp(0, vocab - 1)
     return index if labels.ndim == 2 else index.unsqueeze(1)
-
-
-def _column(x: float | Tensor) -> float | Tensor:
-    return x.unsqueeze(1) if isinstance(x, Tensor) else x
 
 
 def _block_rows(buffer: Tensor) -> int:
@@ -186,8 +207,8 @@ def _scratch(buffer: Tensor) -> Tensor:
     return buffer.new_empty(min(_block_rows(buffer), buffer.shape[0]), buffer.shape[1])
 
 
-def _blocks(buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    step = _block_rows(buffer)
+def _blocks(buffer: Tensor, share: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    step = max(1, _block_rows(buffer) // share)
     for start in range(0, buffer.shape[0], step):
         rows = slice(start, min(start + step, buffer.shape[0]))
         yield rows, buffer[rows]

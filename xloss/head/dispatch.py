@@ -143,6 +143,7 @@ def plan_call(
             device_type=inputs.weight.device.type,
             chunk_size=run.chunk_size,
             logits_budget=run.logits_budget,
+            teacher_size=None if inputs.teacher is None else inputs.teacher.source.hidden_size,
             weight_grad=inputs.weight.requires_grad,
             hidden_grad=inputs.hidden.requires_grad,
             reasons=reasons,
@@ -161,4 +162,5 @@ def head_call(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, plan: Pl
         backend=row_backend(plan.mode),
         operand_dtype=inputs.operand_dtype,
         allow_retain_graph=run.allow_retain_graph,
+        teacher=inputs.teacher,
     )

@@ -8,13 +8,23 @@ from torch.nn import functional as F
 
 from xloss.head.gemm import accumulate_dtype
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows, rows_of
+from xloss.head.teacher import Teacher
+from xloss.head.transform import column
+from xloss.policy.divergence import FLOOR, divergence
 from xloss.stats import TokenStats, mask_ignored
 
 
 def live_stats(inputs: HeadInputs, options: HeadOptions, rows: LiveRows) -> tuple[TokenStats, Tensor]:
     """Statistics of live rows, in live order, and their transformed logits ``[num_live, V]``."""
     z = _logits(inputs, options, rows, 0, rows.num_live)
-    return _token_stats(z, rows.take(inputs.labels, 0, rows.num_live), options), z
+    found = _divergence(z, inputs.teacher, rows) if inputs.teacher is not None else None
+    return _token_stats(z, rows.take(inputs.labels, 0, rows.num_live), options, found), z
+
+
+def _divergence(z: Tensor, teacher: Teacher, rows: LiveRows) -> Tensor:
+    places = slice(0, rows.num_live) if rows.index is None else rows.index
+    other = teacher.rows(places, torch.empty_like(z))
+    return divergence(z.clamp(min=FLOOR) / column(other.student_temperature), other.logits, other.divergence)
 
 
 def all_logits(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, live: Tensor) -> Tensor:
@@ -42,8 +52,8 @@ def _logits(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, start: int
     return z / (temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature)
 
 
-def _token_stats(z: Tensor, labels: Tensor, options: HeadOptions) -> TokenStats:
-    """Statistics of transformed logits ``[T, V]`` at labels ``[T]`` or ``[T, K]``, by autograd."""
+def _token_stats(z: Tensor, labels: Tensor, options: HeadOptions, found: Tensor | None) -> TokenStats:
+    """Statistics of transformed logits ``[T, V]`` at labels ``[T]`` or ``[T, K]``, by autograd; ``found`` beside."""
     spec = options.stats
     logp = torch.log_softmax(z, dim=1)
     index = labels.clamp(0, z.shape[1] - 1)
@@ -56,5 +66,6 @@ def _token_stats(z: Tensor, labels: Tensor, options: HeadOptions) -> TokenStats:
         mean_logit=z.mean(1) if spec.mean_logit else None,
         sum_p2=None if p is None or not spec.sum_p2 else p.square().sum(1),
         top1=z.detach().argmax(1) if spec.top1 else None,
+        divergence=found,
     )
     return mask_ignored(stats, labels, options.ignore_index)

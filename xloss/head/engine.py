@@ -17,6 +17,7 @@ from xloss.head import gemm
 from xloss.head.backend import Adjoints, LossTwin, RawRows, RowBackend, RowState
 from xloss.head.options import HeadOptions, LiveRows
 from xloss.head.plan import Plan
+from xloss.head.teacher import Teacher
 from xloss.stats import DIFFERENTIABLE, TokenStats, mask_ignored
 
 
@@ -32,6 +33,7 @@ class HeadCall:
     backend: RowBackend
     operand_dtype: torch.dtype
     allow_retain_graph: bool = False
+    teacher: Teacher | None = None
 
 
 @dataclass
@@ -55,16 +57,17 @@ class ChunkRunner:
         self._buffer: Tensor | None = None
 
     def new_buffer(self, rows: int) -> Tensor:
-        """An uninitialised ``[rows, V]`` buffer of logits."""
+        """An uninitialised ``[1, rows, V]`` buffer of logits; ``[2, rows, V]`` where a teacher's stand beside them."""
         dtype = gemm.accumulate_dtype(self.call.operand_dtype)
-        return self.hidden.new_empty((rows, self.weight.shape[0]), dtype=dtype)
+        sides = 1 if self.call.teacher is None else 2
+        return self.hidden.new_empty((sides, rows, self.weight.shape[0]), dtype=dtype)
 
     def work_buffer(self, rows: int) -> Tensor:
         """The shared buffer's first rows; grows to the largest chunk and is reused."""
-        if self._buffer is None or self._buffer.shape[0] < rows:
+        if self._buffer is None or self._buffer.shape[1] < rows:
             self._buffer = None  # free the smaller one first
             self._buffer = self.new_buffer(rows)
-        return self._buffer[:rows]
+        return self._buffer[:, :rows]
 
     def operand(self, places: Tensor | slice) -> Tensor:
         """Hidden states at ``places`` as a GEMM operand. What stands at an ignored token must not matter, be it NaN."""
@@ -78,7 +81,9 @@ class ChunkRunner:
         """Raw logits of operands ``hidden [C, H]``, which stand at ``places`` in ``[T]``, with what belongs to them."""
         call = self.call
         temperature = call.temperature[places] if isinstance(call.temperature, Tensor) else call.temperature
-        return RawRows(gemm.project(hidden, self.weight, buffer), call.labels[places], temperature, self.bias)
+        teacher = None if call.teacher is None else call.teacher.rows(places, buffer[1])
+        logits = gemm.project(hidden, self.weight, buffer[0])
+        return RawRows(logits, call.labels[places], temperature, self.bias, teacher)
 
     def forward(self, start: int, stop: int, buffer: Tensor, *, for_backward: bool) -> Chunk:
         """Logits and statistics of live rows ``start:stop`` in ``buffer``."""
@@ -134,8 +139,8 @@ def cat_stats(parts: list[TokenStats], runner: ChunkRunner) -> TokenStats:
     """Statistics of consecutive chunks as one; empty tensors of the right kind where there is no chunk."""
     if not parts:
         labels, spec = runner.call.labels, runner.call.options.stats
-        empty = runner.new_buffer(0)[:, :0].sum(1)
-        wanted = {n: empty if getattr(spec, n) else None for n in ("entropy", "mean_logit", "sum_p2")}
+        empty = runner.new_buffer(0)[0, :, :0].sum(1)
+        wanted = {n: empty for n in DIFFERENTIABLE if getattr(spec, n, False)}
         top1 = empty.to(torch.int64) if spec.top1 else None
         return TokenStats(empty.new_empty((0, *labels.shape[1:])), empty, **wanted, top1=top1)
     names = [n for n in (*DIFFERENTIABLE, "top1") if getattr(parts[0], n) is not None]

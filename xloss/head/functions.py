@@ -101,9 +101,9 @@ class LinearLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             masked, exact, ctx.kept = engine.two_pass_forward(ChunkRunner(call, hidden, weight, bias))
         temperature = call.temperature if isinstance(call.temperature, Tensor) else None
-        ctx.save_for_backward(
-            hidden, weight, bias, call.labels, temperature
-        )  # writing to any of them before is an error
+        teacher = [] if call.teacher is None else call.teacher.source.tensors()
+        # writing to any of them before is an error
+        ctx.save_for_backward(hidden, weight, bias, call.labels, temperature, *teacher)
         ctx.call, ctx.exact = call, exact
         ctx.set_materialize_grads(False)
         if masked.top1 is not None:

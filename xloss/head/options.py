@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from xloss.head.teacher import Teacher
 from xloss.stats import StatSpec
 
 
@@ -80,7 +81,10 @@ def rows_of(temperature: float | Tensor, rows: LiveRows, start: int, stop: int) 
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """Checked, flattened inputs: ``hidden [T, H]``, labels ``[T]`` or ``[T, K]``; ``lead`` is the shape to return."""
+    """Checked, flattened inputs: ``hidden [T, H]``, labels ``[T]`` or ``[T, K]``; ``lead`` is the shape to return.
+
+    ``teacher``: the second distribution, where the divergence from it is one of the statistics.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -89,6 +93,7 @@ class HeadInputs:
     temperature: float | Tensor
     lead: torch.Size
     operand_dtype: torch.dtype
+    teacher: Teacher | None = None
 
     @property
     def tracked(self) -> bool:

@@ -35,6 +35,7 @@ class Plan:
     logits_bytes: int
     grad_bytes: int
     reasons: tuple[str, ...]
+    teacher_size: int | None = None
 
     @property
     def num_chunks(self) -> int:
@@ -47,13 +48,13 @@ class Plan:
     @property
     def flops(self) -> int:
         """Floating-point operations of the head's matrix products, backward included."""
-        unit = 2 * self.hidden_size * self.vocab_size
-        if self.kind == "forward-only":
-            return unit * self.num_live
         recomputed = 0
         if self.kind == "two-pass":
             recomputed = max(0, self.num_grad - self.saved_chunks * self.chunk_rows)
-        return unit * (self.num_live + 2 * self.num_grad + recomputed)
+        projected = self.num_live + recomputed
+        backward = 0 if self.kind == "forward-only" else 2 * self.num_grad
+        width = self.hidden_size * (projected + backward) + (self.teacher_size or 0) * projected
+        return 2 * self.vocab_size * width
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
         """``start:stop`` cut into equal chunks of at most ``chunk_rows``."""
@@ -82,7 +83,11 @@ def _bytes(count: int) -> str:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """Sizes and wishes that decide a plan. ``logit_bytes`` is the width of one logit (4, or 8 for float64)."""
+    """Sizes and wishes that decide a plan. ``logit_bytes`` is the width of one logit (4, or 8 for float64).
+
+    ``teacher_size``: hidden size of a second head whose logits stand beside the first's; 0: they are given; ``None``:
+    there is none.
+    """
 
     kind: PlanKind
     mode: str
@@ -97,6 +102,7 @@ class PlanRequest:
     logits_budget: int | None = None
     weight_grad: bool = True
     hidden_grad: bool = True
+    teacher_size: int | None = None
     reasons: tuple[str, ...] = ()
 
 
@@ -104,7 +110,11 @@ def make_plan(request: PlanRequest) -> Plan:
     """Chunk sizes in bytes, not by a ratio of T to V: each chunk reads W once and reads and writes dW once."""
     r = request
     row_bytes = r.vocab_size * r.logit_bytes
+    if r.teacher_size is not None:
+        row_bytes *= 2
     rows, why = _chunk_rows(r, row_bytes)
+    if r.teacher_size is not None:
+        why += ("half of the logits held are the teacher's",)
     grad_chunks = -(-r.num_grad // rows)
     saved = 0
     if r.kind == "two-pass":
@@ -128,6 +138,7 @@ def make_plan(request: PlanRequest) -> Plan:
         logits_bytes=_eager_bytes(r, row_bytes) if r.kind == "eager" else held * live_chunk * row_bytes,
         grad_bytes=0 if r.kind == "forward-only" else grads,
         reasons=r.reasons + why,
+        teacher_size=r.teacher_size,
     )
 
 

@@ -115,10 +115,16 @@ class BaseLossContext(Generic[InputItem]):
     loss_kwargs: BaseLossKwargs
     token_local: ClassVar[bool] = False
     """Promise: ``token_loss`` returns ``[T]`` losses, each of which depends on its own token alone (one-pass plan)."""
+    label_field: ClassVar[str] = "shifted_labels"
+    """The field that ``head_labels`` come from, for error messages."""
 
     def is_token_local(self) -> bool:
         """``token_local``, for losses whose config decides."""
         return self.token_local
+
+    def why_coupled(self) -> str:
+        """What makes the loss couple tokens, for ``explain()``; asked only where ``is_token_local()`` is False."""
+        return "token_local is False"
 
     def __init__(self, loss_cfg: BaseLossConfig, loss_kwargs: BaseLossKwargs) -> None:
         if not isinstance(loss_cfg, BaseLossConfig):
@@ -128,6 +134,7 @@ class BaseLossContext(Generic[InputItem]):
         self.loss_cfg = loss_cfg
         self.loss_kwargs = loss_kwargs
         self.last_plan: Plan | None = None
+        self.vocab_size = 0  # of the head that a forward runs with, for token_loss
 
     # -- building batches ------------------------------------------------------------------------------------------
 
@@ -204,6 +211,17 @@ class BaseLossContext(Generic[InputItem]):
         labels: Tensor = loss_kwargs.shifted_labels
         return labels
 
+    def head_temperature(self, loss_kwargs: Any) -> float | Tensor:
+        """What divides the logits of every statistic: the batch's number per token, or else the config's."""
+        if loss_kwargs.temperature is None:
+            return self.loss_cfg.temperature
+        if self.loss_cfg.temperature != 1.0:
+            raise OptionError(
+                f"temperature is given per token and as temperature={self.loss_cfg.temperature} in the config; give one"
+            )
+        per_token: Tensor = loss_kwargs.temperature
+        return per_token
+
     def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> TokenLoss:
         """The loss from per-token vectors: ``[T]`` losses or a scalar, alone or with a dict of metrics.
 
@@ -211,6 +229,12 @@ class BaseLossContext(Generic[InputItem]):
         Weights (``loss_kwargs.loss_weight`` and the like) are for this function to apply.
         """
         raise NotImplementedError(f"{type(self).__name__} must define token_loss or loss_fn")
+
+    def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
+        """Weighted value loss of each token, in the shape of the labels, to add to the loss; and its metrics."""
+        if values is not None:
+            raise OptionError(f"values is given, but {type(self).__name__} has no value loss; leave it out")
+        return None
 
     def twin(self, loss_kwargs: Any) -> LossTwin | None:
         """``token_loss`` as a kernel knows it, for ``loss_kwargs`` of live tokens; ``None`` where no kernel does."""
@@ -238,7 +262,11 @@ class BaseLossContext(Generic[InputItem]):
 
     @outside_compile
     def forward(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None = None,
+        values: Tensor | None = None,
     ) -> tuple[Tensor, LossInfo]:
         """Loss of this micro-batch (its share of the global one) and what was seen on the way.
 
@@ -246,6 +274,7 @@ class BaseLossContext(Generic[InputItem]):
             hidden_states: ``[T, H]``, ``[1, T, H]`` or ``[B, S, H]``, leading shape of ``shifted_labels``.
             head_weight: ``[V, H]``.
             head_bias: ``[V]`` or ``None``.
+            values: of a critic, in the shape of ``shifted_labels``, with gradient; for losses with a value loss.
 
         Returns:
             The loss, 0-d float32 (float64 for float64), to minimise; and a ``LossInfo``, which unpacks as
@@ -254,14 +283,7 @@ class BaseLossContext(Generic[InputItem]):
         Raises:
             ShapeError, DtypeError, DeviceError, LabelError, MissingFieldError, UnsupportedError: before any work.
         """
-        self.loss_kwargs.check()
-        self.check_ready()
-        if self.has_own_loss_fn:
-            loss, info = run.run_loss_fn(self, hidden_states, head_weight, head_bias)
-        else:
-            loss, info = run.run_token_loss(self, hidden_states, head_weight, head_bias, self.loss_kwargs)
-        self.last_plan = info.plan
-        return loss, info
+        return run.forward(self, hidden_states, head_weight, head_bias, values=values)
 
     __call__ = forward
 
@@ -275,10 +297,6 @@ class BaseLossContext(Generic[InputItem]):
 
         Without inputs: what the last ``forward`` of this context did.
         """
-        if hidden_states is None or head_weight is None:
-            if self.last_plan is None:
-                raise MissingFieldError("explain() needs hidden_states and head_weight before the first forward")
-            return self.last_plan
         return run.explain(self, hidden_states, head_weight, head_bias)
 
     # -- live rows -------------------------------------------------------------------------------------------------
@@ -300,9 +318,10 @@ class BaseLossContext(Generic[InputItem]):
         return self.find_rows() if known is None else known
 
     def live_mask(self) -> Tensor:
-        """``[T]`` bool: label not ignored, and some weight not 0 (when the kwargs mark weights)."""
+        """``[T]`` bool: some label not ignored, and some weight not 0 (when the kwargs mark weights)."""
         kwargs = self.loss_kwargs
-        live = kwargs.shifted_labels.reshape(-1) != self.loss_cfg.ignore_idx
+        live = self.head_labels(kwargs).flatten(0, kwargs.token_axis) != self.loss_cfg.ignore_idx
+        live = live if live.ndim == 1 else live.any(1)
         weights = [value.reshape(-1) for value, mark in kwargs.per_token().values() if mark.weight]
         if weights:
             live = live & torch.stack([w != 0 for w in weights]).any(0)

@@ -76,6 +76,29 @@ def sequence_weights(
     return weights
 
 
+def check_whole_groups(kwargs_list: Sequence[BaseLossKwargs], ignore_idx: int) -> None:
+    """Raise unless every prompt group (``group_ids``) has all its tokens in one micro-batch of one rank."""
+    found = []
+    for kwargs in kwargs_list:
+        ids = getattr(kwargs, "group_ids", None)
+        if ids is None:
+            raise MissingFieldError("this loss compares the answers of a prompt and needs group_ids")
+        found.append(ids[kwargs.shifted_labels != ignore_idx].to(torch.int64).unique())
+    device = kwargs_list[0].shifted_labels.device
+    if any(bool((ids < 0).any()) for ids in found):
+        raise OptionError("group_ids must not be negative at tokens that count")
+    most = distributed.all_reduce_max(max((int(i.max()) + 1 for i in found if i.numel()), default=0), device)
+    homes = torch.zeros(most, device=device)
+    for ids in found:
+        homes.index_add_(0, ids, torch.ones_like(ids, dtype=homes.dtype))
+    torn = (distributed.all_reduce_sum(homes) > 1).nonzero().flatten()
+    if torn.numel():
+        raise OptionError(
+            "the answers of a prompt must be in one micro-batch of one rank; those of group_ids "
+            f"{torn[:5].tolist()} are in several"
+        )
+
+
 def num_sequences(
     valid: Sequence[Tensor], bounds: Sequence[Tensor | None], sp_mesh: DeviceMesh | None = None
 ) -> Tensor:

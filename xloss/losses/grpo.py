@@ -10,14 +10,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.errors import UnsupportedError
 from xloss.head.backend import LossTwin
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossContext, TokenLoss, require
-from xloss.losses.kl import KLPenaltyConfig, kl_of
+from xloss.losses.kl import kl_of
+from xloss.losses.masked import MaskedLossConfig
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
+from xloss.losses.policies.base import Coupling
 from xloss.losses.policies.metrics import policy_metrics
-from xloss.losses.reduction import reduction_weights
+from xloss.losses.reduction import Reduction, ReductionOptions, reduction_weights
+from xloss.losses.value import ValueLossConfig, weighted_value_loss
 from xloss.metrics import Metric
 from xloss.packing import Segments, rows_as_segments
 from xloss.policy.batch import PolicyBatch
@@ -27,25 +31,52 @@ from xloss.stats import StatSpec, TokenStats
 _CALL_BUILD = "call build_batches on the contexts of this optimizer step first"
 
 
-class GRPOLossConfig(KLPenaltyConfig):
+class GRPOLossConfig(MaskedLossConfig):
     """``sum_t w_t (is_t policy_t + kl_loss_coef kl_t - entropy_coef H_t)``, ``w_t`` calibrated by ``loss_reduction``.
 
     Args:
         policy_loss_cfg: a typed policy loss or a dict of its fields, tagged by ``loss_type``.
         entropy_coef: factor of the entropy bonus, with the exact gradient of the full distribution's entropy.
+        entropy_reduction: how the entropy bonus is averaged, if not by ``loss_reduction`` (TRL: ``token``).
+        value_loss: loss of a critic's ``values``, given to ``forward``; needs ``returns``.
+        value_loss_coef: its factor.
     """
 
     policy_loss_cfg: AnyPolicyLossConfig
     entropy_coef: float = Field(default=0.0, allow_inf_nan=False)
+    entropy_reduction: Reduction | None = None
+    value_loss: ValueLossConfig | None = None
+    value_loss_coef: float = Field(default=0.1, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _kl_of_sequences(self) -> GRPOLossConfig:
-        if self.kl_ratio_level == "sequence" and self.policy_loss_cfg.coupling == "token":
-            raise ValueError(
-                "kl_ratio_level='sequence' needs a policy loss that sees sequences; "
-                f"{type(self.policy_loss_cfg).__name__} sees each token alone"
-            )
+    def _entropy_reduction_holds(self) -> GRPOLossConfig:
+        self.entropy_reduction_options()  # raises
         return self
+
+    def entropy_reduction_options(self) -> ReductionOptions:
+        """The fields about the reduction of the entropy bonus as the calibration takes them."""
+        asked = self.reduction_options()
+        name = self.entropy_reduction
+        if name is None or name == asked.reduction:
+            return asked
+        return ReductionOptions(
+            name, None, asked.count_empty_sequences and name.startswith("sample"), asked.grad_reduce
+        )
+
+    def coupled_by(self) -> dict[Coupling, str]:
+        """What makes a token's loss depend on others, by how far it reaches; empty where each stands alone."""
+        policy: PolicyLossConfig = self.policy_loss_cfg
+        reach, name = policy.couples(), type(policy).__name__
+        found = self.masks_couple()
+        if reach == "sequence":
+            found["sequence"] = f"{name} couples the tokens of a sequence"
+        elif reach == "group":
+            found["group"] = f"{name} couples the answers of a prompt"
+        elif reach == "batch":
+            found["batch"] = f"{name} couples the tokens of the micro-batch"
+        if self.use_kl_loss and self.kl_ratio_level == "sequence":
+            found.setdefault("sequence", "kl_ratio_level='sequence' takes the ratio of the sequence")
+        return found
 
     @property
     def loss_ctx_cls(self) -> type[GRPOLossContext]:
@@ -70,6 +101,8 @@ class RLLossContextInputItem(BaseLossContextInputItem):
         rollout_logprobs: as the sampler reported them.
         is_weights: constant weight on the policy term, correcting sampler against trainer.
         group_ids: number of each token's prompt, the same on all ranks; for losses and reductions over prompts.
+        returns: what the critic's values should be.
+        old_values: of the critic at the start of the step, for ``value_clip``.
     """
 
     advantages: Annotated[Tensor, PerToken(pad=0.0)]
@@ -78,6 +111,8 @@ class RLLossContextInputItem(BaseLossContextInputItem):
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
     group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
+    returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
 
 
 class GRPOLossKwargs(BaseLossKwargs):
@@ -85,7 +120,7 @@ class GRPOLossKwargs(BaseLossKwargs):
 
     Args:
         policy_loss_weight: ``w is_weights``. kl_loss_weight: ``w kl_loss_coef``. entropy_loss_weight:
-            ``w entropy_coef``. All 0 at ignored labels.
+            ``w entropy_coef``. value_loss_weight: ``w value_loss_coef``. All 0 at ignored labels.
         global_grad_tokens: valid tokens of the global batch, 0-d.
     """
 
@@ -95,9 +130,12 @@ class GRPOLossKwargs(BaseLossKwargs):
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
     group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
+    returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     policy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     kl_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     entropy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
+    value_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     global_grad_tokens: Annotated[Tensor | None, PerBatch()] = None
 
 
@@ -108,7 +146,10 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     loss_kwargs: GRPOLossKwargs
 
     def is_token_local(self) -> bool:
-        return self.loss_cfg.policy_loss_cfg.coupling == "token"
+        return not self.loss_cfg.coupled_by()
+
+    def why_coupled(self) -> str:
+        return "; ".join(self.loss_cfg.coupled_by().values())
 
     @classmethod
     def calibrate(
@@ -123,17 +164,32 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if loss_cfg.use_kl_loss:
             for kwargs in kwargs_list:
                 require(kwargs, "ref_logprobs", _NEED_REF)
+        coupled = loss_cfg.coupled_by()
+        if coupled and sp_mesh is not None and sp_mesh.size() > 1:
+            raise UnsupportedError(
+                f"{'; '.join(coupled.values())}, but sp_mesh cuts sequences into parts; use a loss of each token, or "
+                "no sequence parallelism"
+            )
         calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
-        options = loss_cfg.reduction_options()
+        if "group" in coupled:
+            calibration.check_whole_groups(kwargs_list, loss_cfg.ignore_idx)
+        options, entropy_options = loss_cfg.reduction_options(), loss_cfg.entropy_reduction_options()
         weights = reduction_weights(kwargs_list, loss_cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
+        entropy_weights = weights
+        if loss_cfg.entropy_coef and entropy_options != options:
+            entropy_weights = reduction_weights(
+                kwargs_list, loss_cfg.ignore_idx, entropy_options, cu_seq_lens_list, sp_mesh
+            )
+        folded = loss_cfg.policy_loss_cfg.folds_is_weights
         num_tokens = calibration.global_sum([kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in kwargs_list])
-        for kwargs, weight in zip(kwargs_list, weights, strict=True):
-            is_weights = kwargs.is_weights
+        for kwargs, weight, entropy_weight in zip(kwargs_list, weights, entropy_weights, strict=True):
+            is_weights = None if folded else kwargs.is_weights
             kwargs.policy_loss_weight = (
                 weight if is_weights is None else weight * is_weights.masked_fill(weight == 0, 0)
             )
             kwargs.kl_loss_weight = weight * loss_cfg.kl_loss_coef if loss_cfg.use_kl_loss else None
-            kwargs.entropy_loss_weight = weight * loss_cfg.entropy_coef if loss_cfg.entropy_coef else None
+            kwargs.entropy_loss_weight = entropy_weight * loss_cfg.entropy_coef if loss_cfg.entropy_coef else None
+            kwargs.value_loss_weight = None if loss_cfg.value_loss is None else weight * loss_cfg.value_loss_coef
             kwargs.global_grad_tokens = num_tokens
 
     def check_ready(self) -> None:
@@ -151,16 +207,28 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         for name in policy.needs:
             field = "group_ids" if name == "groups" else name
             require(self.loss_kwargs, field, f"{type(policy).__name__} cannot do without it")
+        coupled = self.loss_cfg.coupled_by()
+        if coupled and self.loss_kwargs.cut:
+            raise UnsupportedError(f"{self.why_coupled()}: kwargs that chunk() cut hold parts of them; cat() first")
         labels = self.loss_kwargs.shifted_labels
-        if policy.coupling == "sequence" and (labels.ndim == 1 or labels.shape[0] == 1):
-            require(
-                self.loss_kwargs,
-                "cu_seq_lens",
-                f"{type(policy).__name__} needs cu_seq_lens_list, [0, {labels.numel()}] if it is one sequence",
-            )
+        if coupled.keys() & {"sequence", "group"} and (labels.ndim == 1 or labels.shape[0] == 1):
+            why = f"{self.why_coupled()}: cu_seq_lens_list tells which, [0, {labels.numel()}] if it is one"
+            require(self.loss_kwargs, "cu_seq_lens", why)
+
+    def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
+        cfg, kwargs = self.loss_cfg, self.loss_kwargs
+        if cfg.value_loss is None:
+            return super().value_losses(values)
+        weight = require(kwargs, "value_loss_weight", _CALL_BUILD)
+        require(kwargs, "returns", "value_loss regresses the critic's values on it")
+        if cfg.value_loss.value_clip is not None:
+            require(kwargs, "old_values", f"value_clip={cfg.value_loss.value_clip} needs it")
+        return weighted_value_loss(cfg.value_loss, values, kwargs, weight, cfg.ignore_idx)
 
     def stats_needed(self) -> StatSpec:
-        return StatSpec(entropy=self.loss_cfg.entropy_coef != 0 or self.loss_cfg.policy_loss_cfg.needs_entropy)
+        cfg = self.loss_cfg
+        ranked = cfg.top_entropy_quantile is not None
+        return StatSpec(entropy=cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy)
 
     def live_mask(self) -> Tensor:
         if self.is_token_local():
@@ -183,7 +251,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     def twin(self, loss_kwargs: Any) -> LossTwin | None:
         cfg, kw = self.loss_cfg, loss_kwargs
         policy: PolicyLossConfig = cfg.policy_loss_cfg
-        known = policy.twin()
+        known = policy.twin() if self.is_token_local() else None
         if known is None or (cfg.use_kl_loss and not cfg.kl_in_kernel(policy.ratio_anchor())):
             return None
         loss, numbers = known
@@ -221,6 +289,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             advantages=kw.advantages,
             rollout_logprobs=kw.rollout_logprobs,
             ref_logprobs=kw.ref_logprobs,
+            is_weights=kw.is_weights if self.loss_cfg.policy_loss_cfg.folds_is_weights else None,
             entropy=stats.entropy,
             sequences=sequences,
             groups=kw.group_ids,
@@ -231,11 +300,15 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         batch = self.policy_batch(stats, kw)
         valid = None if batch.sequences is None else batch.sequences.valid
         policy: PolicyLossConfig = cfg.policy_loss_cfg
-        loss = policy.per_token(batch)
-        if valid is not None:
-            loss = loss.masked_fill(~valid, 0)
+        leveled = batch.at(policy.level())
+        loss = policy.per_token(leveled)
+        masks = cfg.policy_masks(batch)
+        for mask in (*masks.values(), valid):
+            if mask is not None:
+                loss = loss.masked_fill(~mask, 0)
         loss = loss * kw.policy_loss_weight
-        metrics = policy_metrics(batch, policy.ratio_bounds()) | policy.metrics(batch)
+        metrics = policy_metrics(batch, leveled, policy.ratio_bounds()) | policy.metrics(leveled)
+        metrics |= {f"{name}_masked_frac": Metric.mean((~mask).to(loss.dtype), valid) for name, mask in masks.items()}
         if cfg.use_kl_loss:
             kl = kl_of(cfg, batch, kw)
             loss = loss + kl * kw.kl_loss_weight
@@ -243,7 +316,10 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if stats.entropy is not None:
             metrics["entropy"] = Metric.mean(stats.entropy, valid)
             if cfg.entropy_coef:
-                loss = loss - stats.entropy * kw.entropy_loss_weight
+                entropy = stats.entropy
+                if "low_entropy" in masks:  # TRL leaves these tokens out of the bonus too
+                    entropy = entropy.masked_fill(~masks["low_entropy"], 0)
+                loss = loss - entropy * kw.entropy_loss_weight
         return loss, metrics
 
 

@@ -38,6 +38,13 @@ class LossInfo:
     metrics: dict[str, Metric] = field(default_factory=dict)
     user_info: dict[str, Any] = field(default_factory=dict)
 
+    def add(self, loss: Tensor, token_losses: Tensor, metrics: dict[str, Metric]) -> None:
+        """Take in a term computed beside the head: the new total, the term's loss of each token, its metrics."""
+        self.loss = loss.detach()
+        if self.token_loss is not None:
+            self.token_loss = self.token_loss + token_losses.detach().to(self.token_loss.dtype)
+        self.metrics = self.metrics | metrics
+
     @property
     def extra_info(self) -> dict[str, Any]:
         """Metrics as 0-d tensors, ``local_base_loss``, and what a custom ``loss_fn`` returned."""

@@ -39,11 +39,13 @@ class PerToken:
     ``pad`` fills positions added when a sequence is split over ranks; a float one asks for a floating dtype.
     ``weight=True``: the loss of a token is multiplied by this, so tokens for which every such field is 0 are left out
     of the head altogether. ``trailing=True``: one more axis follows the token axes (``[.., T, K]``).
+    ``head_only=True``: the head reads it where it stands, however large; ``token_loss`` finds ``None``.
     """
 
     pad: float = 0.0
     weight: bool = False
     trailing: bool = False
+    head_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,12 @@ class BaseLossKwargs(TokenBatch):
 
     cu_seq_lens: Annotated[Tensor | None, PerBatch()] = None
     _rows: tuple[object, list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
+    _cut: bool = PrivateAttr(default=False)
+
+    @property
+    def cut(self) -> bool:
+        """Whether this is a piece made by ``chunk``, in which sequences may stand in part."""
+        return self._cut
 
     def remember_rows(self, rows: LiveRows, config: object) -> None:
         """Keep live rows counted for these tensors and ``config``; a tensor replaced or written to ends that."""
@@ -183,6 +191,7 @@ class BaseLossKwargs(TokenBatch):
             piece = self.map_tokens(lambda x, _, a=start, n=stop - start: x.narrow(self.token_axis, a, n))  # type: ignore[misc]
             if self.cu_seq_lens is not None:
                 piece.cu_seq_lens = (self.cu_seq_lens - start).clamp(0, stop - start)
+            piece._cut = self._cut or stop - start < length
             pieces.append(piece)
         return pieces
 
@@ -215,4 +224,5 @@ class BaseLossKwargs(TokenBatch):
             x = x.detach().flatten(0, self.token_axis)
             return x.to(dtype) if x.dtype.is_floating_point else x
 
-        return self.map_tokens(flatten)
+        not_read = {name: None for name, (_, mark) in self.per_token().items() if mark.head_only}
+        return self.replaced(not_read).map_tokens(flatten)

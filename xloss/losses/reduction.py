@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -97,6 +97,23 @@ def reduction_weights(
         total = calibration.global_sum(bare if name == "prompt" else weights)
     factor = calibration.gradient_factor(options.grad_reduce) / total
     return [weight * factor for weight in weights]
+
+
+def attach_token_weights(
+    kwargs_list: Sequence[Any],
+    ignore_idx: int,
+    options: ReductionOptions,
+    cu_seq_lens_list: Sequence[Tensor] | None,
+    sp_mesh: DeviceMesh | None,
+) -> None:
+    """Set ``loss_weight`` of every micro-batch, in place, from its ``token_weight`` and the reduction."""
+    if not kwargs_list:
+        return
+    calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
+    free = [kwargs.token_weight for kwargs in kwargs_list]
+    weights = reduction_weights(kwargs_list, ignore_idx, options, cu_seq_lens_list, sp_mesh, free)
+    for kwargs, weight in zip(kwargs_list, weights, strict=True):
+        kwargs.loss_weight = weight
 
 
 def _prompt_weights(kwargs_list: Sequence[BaseLossKwargs], valid: Sequence[Tensor]) -> list[Tensor]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from xloss.errors import OptionError, UnsupportedError
+from xloss.errors import MissingFieldError, OptionError, UnsupportedError
 from xloss.head import eager, engine, gemm
 from xloss.head.dispatch import Mode, RunOptions, gather_inputs, head_call, plan_call, resolve_mode
 from xloss.head.functions import LinearLogprobs, OnePass, OnePassJob
 from xloss.head.linear_logprobs import spread_stats
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
 from xloss.head.plan import Plan, PlanKind
+from xloss.head.teacher import Teacher
 from xloss.losses.chunked_autograd import run_chunked, split_result
 from xloss.losses.info import LossInfo
 from xloss.losses.model import BaseLossKwargs, PerToken
@@ -31,34 +33,49 @@ class _Run:
     """One forward of a token loss: checked inputs, live rows, kwargs as vectors, and the loss evaluated on them."""
 
     def __init__(
-        self, ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, kwargs: BaseLossKwargs, mode: Mode | None
+        self,
+        ctx: Ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kwargs: BaseLossKwargs,
+        mode: Mode | None,
+        teacher: Teacher | None,
     ) -> None:
         cfg = ctx.loss_cfg
         self.ctx = ctx
         self.local = ctx.is_token_local()
         self.options: HeadOptions = cfg.head_options(ctx.stats_needed() | StatSpec(entropy=cfg.return_entropy))
         self.run_options: RunOptions = cfg.run_options()
-        temperature = cfg.temperature if kwargs.temperature is None else kwargs.temperature
-        if kwargs.temperature is not None and cfg.temperature != 1.0:
-            raise OptionError(
-                f"temperature is given per token and as temperature={cfg.temperature} in the config; give one"
-            )
+        labels, temperature = ctx.head_labels(kwargs), ctx.head_temperature(kwargs)
         self.inputs: HeadInputs = gather_inputs(
-            hidden, weight, bias, ctx.head_labels(kwargs), temperature, self.options, self.run_options, "shifted_labels"
+            hidden, weight, bias, labels, temperature, self.options, self.run_options, ctx.label_field
         )
-        self.mode = resolve_mode(mode or cfg.mode, weight.device.type, self.inputs.operand_dtype)
+        ctx.vocab_size = weight.shape[0]
+        mode = mode or cfg.mode
+        beside: tuple[str, ...] = ()
+        if teacher is not None:
+            teacher.check(self.inputs.hidden.shape[0], weight.shape[0], weight.device)
+            self.inputs = replace(self.inputs, teacher=teacher)
+            mode, beside = _mode_with_teacher(mode)
+        elif self.options.stats.divergence:
+            raise MissingFieldError(
+                f"{type(ctx).__name__} needs a second distribution: give forward its head or logits"
+            )
+        self.mode = resolve_mode(mode, weight.device.type, self.inputs.operand_dtype)
         # a chunk of the kwargs (loss_fn called by hand) has rows of its own
         self.rows: LiveRows = ctx.live_rows() if kwargs is ctx.loss_kwargs else type(ctx)(cfg, kwargs).live_rows()
         self.kwargs = kwargs.flat(gemm.accumulate_dtype(self.inputs.operand_dtype))
         self.metrics: list[dict[str, Metric]] = []
-        self.kind, self.reasons = self._choose()
+        self.kind, why = self._choose()
+        self.reasons: tuple[str, ...] = beside + why
 
     def _choose(self) -> tuple[PlanKind, tuple[str, ...]]:
         asked, local = self.ctx.loss_cfg.plan, self.local
         if asked == "one_pass" and not local:
             raise UnsupportedError(
                 f"plan='one_pass' needs a loss of each token alone; {type(self.ctx).__name__} couples tokens "
-                "(token_local is False): use plan='two_pass' or 'auto'"
+                f"({self.ctx.why_coupled()}): use plan='two_pass' or 'auto'"
             )
         if self.mode == "eager":
             refused = {"plan": asked != "auto", "logits_budget": self.run_options.logits_budget is not None}
@@ -75,7 +92,7 @@ class _Run:
             return "two-pass", ("plan='two_pass' was asked for",)
         if local:
             return "one-pass", ("the loss is a sum over tokens: gradients are formed in forward",)
-        return "two-pass", ("the loss couples tokens (token_local is False)",)
+        return "two-pass", (f"the loss couples tokens: {self.ctx.why_coupled()}",)
 
     @property
     def plan(self) -> Plan:
@@ -143,11 +160,53 @@ class _Run:
         )
 
 
+def forward(
+    ctx: Ctx,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Teacher | None = None,
+    values: Tensor | None = None,
+) -> tuple[Tensor, LossInfo]:
+    """Loss and info of a context.
+
+    ``teacher`` where its loss is about a second distribution; ``values`` of a critic where it has a value loss, which
+    is added beside the head's.
+    """
+    ctx.loss_kwargs.check()
+    ctx.check_ready()
+    beside = ctx.value_losses(values)
+    if ctx.has_own_loss_fn:
+        loss, info = run_loss_fn(ctx, hidden, weight, bias)
+    else:
+        loss, info = run_token_loss(ctx, hidden, weight, bias, ctx.loss_kwargs, None, teacher)
+    ctx.last_plan = info.plan
+    if beside is not None:
+        loss = loss + beside[0].sum().to(loss.dtype)
+        info.add(loss, *beside)
+    return loss, info
+
+
+def _mode_with_teacher(mode: Mode) -> tuple[Mode, tuple[str, ...]]:
+    """The mode that can, and why: the Triton kernels know one distribution."""
+    if mode == "fused":
+        raise UnsupportedError("mode='fused' has no kernel for a second distribution; use mode='chunk' or 'auto'")
+    if mode == "auto":
+        return "chunk", ("auto is chunk: no Triton kernel knows a second distribution",)
+    return mode, ()
+
+
 def run_token_loss(
-    ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, kwargs: BaseLossKwargs, mode: Mode | None = None
+    ctx: Ctx,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kwargs: BaseLossKwargs,
+    mode: Mode | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, LossInfo]:
     """Loss and info of a context whose loss is a ``token_loss``."""
-    run = _Run(ctx, hidden, weight, bias, kwargs, mode)
+    run = _Run(ctx, hidden, weight, bias, kwargs, mode, teacher)
     plan = run.plan
     if plan.kind == "one-pass":
         return _one_pass(run, plan)
@@ -221,10 +280,16 @@ def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
     return loss, LossInfo(loss=loss.detach(), plan=plan, logits=logits, metrics=metrics, user_info=others)
 
 
-def explain(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Plan:
-    """The plan ``forward`` would follow."""
+def explain(
+    ctx: Ctx, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, teacher: Teacher | None = None
+) -> Plan:
+    """The plan ``forward`` would follow; without inputs, what the last one did."""
+    if hidden is None or weight is None:
+        if ctx.last_plan is None:
+            raise MissingFieldError("explain() needs hidden_states and head_weight before the first forward")
+        return ctx.last_plan
     if not ctx.has_own_loss_fn:
-        return _Run(ctx, hidden, weight, bias, ctx.loss_kwargs, None).plan
+        return _Run(ctx, hidden, weight, bias, ctx.loss_kwargs, None, teacher).plan
     cfg, kwargs = ctx.loss_cfg, ctx.loss_kwargs
     inputs = gather_inputs(
         hidden,

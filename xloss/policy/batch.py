@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from xloss.packing import Segments
+from xloss.policy.level import RatioLevel, log_ratio_at
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PolicyBatch:
         advantages: per token.
         rollout_logprobs: as the sampler reported them.
         ref_logprobs: of the frozen reference.
+        is_weights: constant weights on the policy term; there for a loss that folds them in itself.
         entropy: of the full distribution, nats; there when ``PolicyLossConfig.needs_entropy``.
         sequences: which tokens form a sequence; there when ``PolicyLossConfig.coupling`` is not ``token``.
         groups: number of the prompt group of each token, int; there when the batch has them.
@@ -32,6 +34,7 @@ class PolicyBatch:
     advantages: Tensor
     rollout_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    is_weights: Tensor | None = None
     entropy: Tensor | None = None
     sequences: Segments | None = None
     groups: Tensor | None = None
@@ -40,3 +43,15 @@ class PolicyBatch:
     def log_ratio(self) -> Tensor:
         """``logprobs - old_logprobs``."""
         return self.logprobs - self.old_logprobs
+
+    def at(self, level: RatioLevel) -> PolicyBatch:
+        """The same batch with its ``log_ratio`` at ``level``, so that any formula on a ratio serves every level.
+
+        ``old_logprobs`` is then what the current ones differ from by that ratio, and carries the gradient of the rest
+        of the sequence; above the token it needs ``sequences``.
+        """
+        if level == "token":
+            return self
+        assert self.sequences is not None, "a context hands out sequences with every coupled loss"
+        log_ratio = log_ratio_at(level, self.logprobs, self.old_logprobs, self.sequences)
+        return replace(self, old_logprobs=self.logprobs - log_ratio)

@@ -1,6 +1,6 @@
 """Policy losses: one typed config each, tagged by ``loss_type``, whose formula is a function of ``xloss.policy``."""
 
-from xloss.losses.policies import off_policy, token_ratio, trust_region
+from xloss.losses.policies import off_policy, sequence, sequence_ratio, token_ratio, trust_region
 from xloss.losses.policies.base import (
     AnyPolicyLossConfig,
     PolicyLossConfig,
@@ -16,6 +16,8 @@ __all__ = [
     "off_policy",
     "policy_losses",
     "register_policy_loss",
+    "sequence",
+    "sequence_ratio",
     "token_ratio",
     "trust_region",
 ]

@@ -13,9 +13,10 @@ from xloss.head.backend import TwinName
 from xloss.losses.model import StrictModel
 from xloss.metrics import Metric
 from xloss.policy.batch import PolicyBatch
+from xloss.policy.level import RatioLevel
 
 Twin = tuple[TwinName, dict[str, float | None]]
-Coupling = Literal["token", "sequence", "batch"]
+Coupling = Literal["token", "sequence", "group", "batch"]
 Anchor = Literal["old", "rollout"]
 
 
@@ -29,12 +30,23 @@ class PolicyLossConfig(StrictModel):
 
     coupling: ClassVar[Coupling] = "token"
     """``token``: a token's loss depends on its own vectors alone (one-pass plan). ``sequence``: also on its sequence's,
-    so bounds of sequences are needed. ``batch``: on the whole micro-batch."""
+    so bounds of sequences are needed. ``group``: on the sequences of its prompt group, all in one micro-batch.
+    ``batch``: on the whole micro-batch."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Optional fields of ``PolicyBatch`` that this loss cannot do without."""
     needs_entropy: ClassVar[bool] = False
     zero_at_zero_advantage: ClassVar[bool] = True
     """Whether a token with advantage 0 has no gradient, whatever its log-probs."""
+    folds_is_weights: ClassVar[bool] = False
+    """Whether ``is_weights`` enter the formula (``batch.is_weights``) instead of multiplying the loss."""
+
+    def level(self) -> RatioLevel:
+        """The level of ``batch.log_ratio`` as ``per_token`` sees it, and of the ratio metrics."""
+        return "token"
+
+    def couples(self) -> Coupling:
+        """``coupling``, or ``sequence`` where the level asks for it."""
+        return "sequence" if self.coupling == "token" and self.level() != "token" else self.coupling
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
         """Loss of each token ``[T]``, unweighted, to minimise."""

@@ -11,26 +11,28 @@ from xloss.policy.batch import PolicyBatch
 _METRIC_LIMIT = 20.0  # of |log r| in metrics, as XTuner and verl
 
 
-def policy_metrics(batch: PolicyBatch, bounds: tuple[float, float] | None) -> dict[str, Metric]:
-    """Figures of ``r = exp(logprobs - old_logprobs)`` over live tokens.
+def policy_metrics(batch: PolicyBatch, leveled: PolicyBatch, bounds: tuple[float, float] | None) -> dict[str, Metric]:
+    """Figures of ``r = exp(leveled.log_ratio)``, the ratio at the level of the loss, over live tokens.
 
     ``clip_frac_low`` and ``clip_frac_high`` count tokens whose gradient the clip can stop: ``A < 0`` and ``r`` below,
     or ``A > 0`` and ``r`` above (TRL). ``ratio_low_frac`` and ``ratio_high_frac`` count every ratio out of bounds
     (XTuner).
-    ``approx_kl_k1 = -log r`` and ``approx_kl_k3 = r - log r - 1`` estimate KL(old || current).
+    ``approx_kl_k1 = -log r`` and ``approx_kl_k3 = r - log r - 1`` of each token alone estimate KL(old || current).
     """
-    log_ratio, advantages = batch.log_ratio.detach(), batch.advantages
+    log_ratio, advantages = leveled.log_ratio.detach(), batch.advantages
     valid = None if batch.sequences is None else batch.sequences.valid
     safe = torch.clamp(log_ratio, -_METRIC_LIMIT, _METRIC_LIMIT)  # one far token must not make a mean infinite
     ratio = torch.exp(safe)
+    each = batch.log_ratio.detach()
+    each_safe = torch.clamp(each, -_METRIC_LIMIT, _METRIC_LIMIT)
     metrics = {
         "num_tokens": Metric.count_of(ratio, valid),
         "ratio_mean": Metric.mean(ratio, valid),
         "ratio_min": Metric.extreme(ratio, "min", valid),
         "ratio_max": Metric.extreme(ratio, "max", valid),
         "ratio_abs_dev": Metric.mean((ratio - 1).abs(), valid),
-        "approx_kl_k1": Metric.mean(-log_ratio, valid),
-        "approx_kl_k3": Metric.mean(torch.expm1(safe) - safe, valid),
+        "approx_kl_k1": Metric.mean(-each, valid),
+        "approx_kl_k3": Metric.mean(torch.expm1(each_safe) - each_safe, valid),
     }
     if bounds is not None:
         below, above = ratio < bounds[0], ratio > bounds[1]

@@ -10,6 +10,7 @@ from xloss.losses.policies.base import Anchor, PolicyLossConfig
 from xloss.losses.policies.metrics import share
 from xloss.metrics import Metric
 from xloss.policy.batch import PolicyBatch
+from xloss.policy.level import RatioLevel
 
 
 class RatioPolicyConfig(PolicyLossConfig):
@@ -27,11 +28,30 @@ class RatioPolicyConfig(PolicyLossConfig):
         return {"log_ratio_clamp_frac": share(batch, batch.log_ratio.detach().abs() > self.log_ratio_clamp)}
 
 
+class LeveledRatioConfig(RatioPolicyConfig):
+    """A loss whose formula holds for the ratio of a token, of a sequence, or of a turn: ``ratio_level`` chooses."""
+
+    ratio_level: RatioLevel = "token"
+
+    def level(self) -> RatioLevel:
+        return self.ratio_level
+
+
+def offset_bounds(low: float, high: float) -> dict[str, float]:
+    """Default bounds in both forms from those as offsets."""
+    return {
+        "cliprange_low": low,
+        "cliprange_high": high,
+        "clip_low_threshold": 1 - low,
+        "clip_high_threshold": 1 + high,
+    }
+
+
 _OFFSETS = ("cliprange_low", "cliprange_high")
 _THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")
 
 
-class ClippedRatioConfig(RatioPolicyConfig):
+class ClippedRatioConfig(LeveledRatioConfig):
     """Bounds of the ratio as offsets from 1 or as absolute thresholds; those not in use are ``None``.
 
     One bound may be given alone: the other is then the default bound, in the same form.

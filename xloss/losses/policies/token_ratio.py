@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from xloss.losses.policies.base import PolicyLossConfig, Twin, register_policy_loss
 from xloss.losses.policies.metrics import share
-from xloss.losses.policies.ratio import ClippedRatioConfig, RatioPolicyConfig
+from xloss.losses.policies.ratio import ClippedRatioConfig, LeveledRatioConfig, offset_bounds
 from xloss.metrics import Metric
 from xloss.policy import surrogate
 from xloss.policy.batch import PolicyBatch
@@ -46,31 +46,27 @@ class VanillaConfig(PolicyLossConfig):
         }
 
 
-@register_policy_loss
-class PPOConfig(ClippedRatioConfig):
-    """PPO / GRPO clip under the field's most common names and defaults: no dual clip, no two-sided clip."""
+class PPOClipConfig(ClippedRatioConfig):
+    """What losses with PPO's clip share; above the token they stand in ``sequence_ratio``."""
 
-    loss_type: Literal["ppo"] = "ppo"
-    default_bounds: ClassVar[dict[str, float]] = {
-        "cliprange_low": 0.2,
-        "cliprange_high": 0.2,
-        "clip_low_threshold": 0.8,
-        "clip_high_threshold": 1.2,
-    }
-    cliprange_low: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
-    cliprange_high: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
     dual_clip_c: float | None = Field(default=None, gt=1, allow_inf_nan=False)
     delta: float | None = Field(default=None, gt=1, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _delta_is_outside(self) -> PPOConfig:
+    def _delta_is_outside(self) -> Self:
         if self.delta is not None and self.delta < self.ratio_bounds()[1]:
             raise ValueError(f"delta={self.delta} is below the upper bound of the ratio, {self.ratio_bounds()[1]}")
         return self
 
-    def per_token(self, batch: PolicyBatch) -> Tensor:
-        low, high = self.ratio_bounds()
+    def log_ratio_limits(self) -> tuple[float | None, float | None]:
+        """Lower and upper clamp of the log-ratio."""
         clamp = self.log_ratio_clamp
+        return (None, None) if clamp is None else (-clamp, clamp)
+
+    def clipped(self, batch: PolicyBatch) -> Tensor:
+        """The clipped surrogate of each token ``[T]``."""
+        low, high = self.ratio_bounds()
+        lowest, highest = self.log_ratio_limits()
         return surrogate.ppo_clip(
             batch.logprobs,
             batch.old_logprobs,
@@ -79,8 +75,8 @@ class PPOConfig(ClippedRatioConfig):
             cliprange_high=high - 1,
             clip_ratio_c=self.dual_clip_c,
             delta=self.delta,
-            log_prob_diff_min=None if clamp is None else -clamp,
-            log_prob_diff_max=clamp,
+            log_prob_diff_min=lowest,
+            log_prob_diff_max=highest,
         )
 
     def metrics(self, batch: PolicyBatch) -> dict[str, Metric]:
@@ -92,6 +88,19 @@ class PPOConfig(ClippedRatioConfig):
             if bound is not None
         }
         return super().metrics(batch) | found
+
+
+@register_policy_loss
+class PPOConfig(PPOClipConfig):
+    """PPO / GRPO clip under the field's most common names and defaults: no dual clip, no two-sided clip."""
+
+    loss_type: Literal["ppo"] = "ppo"
+    default_bounds: ClassVar[dict[str, float]] = offset_bounds(0.2, 0.2)
+    cliprange_low: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
+    cliprange_high: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
+
+    def per_token(self, batch: PolicyBatch) -> Tensor:
+        return self.clipped(batch)
 
     def twin(self) -> Twin:
         low, high = self.ratio_bounds()
@@ -111,12 +120,7 @@ class CISPOConfig(ClippedRatioConfig):
     """CISPO: the clipped ratio as a constant weight; one-sided by default."""
 
     loss_type: Literal["cispo"] = "cispo"
-    default_bounds: ClassVar[dict[str, float]] = {
-        "cliprange_low": 1.0,
-        "cliprange_high": 4.0,
-        "clip_low_threshold": 0.0,
-        "clip_high_threshold": 5.0,
-    }
+    default_bounds: ClassVar[dict[str, float]] = offset_bounds(1.0, 4.0)
     clip_low_threshold: float | None = Field(default=0.0, ge=0, allow_inf_nan=False)
     clip_high_threshold: float | None = Field(default=5.0, gt=0, allow_inf_nan=False)
     unified_mask: bool = False
@@ -140,21 +144,18 @@ class TISConfig(ClippedRatioConfig):
     """Truncated importance sampling as a policy gradient: CISPO between 0 and 1."""
 
     loss_type: Literal["tis"] = "tis"
-    default_bounds: ClassVar[dict[str, float]] = {
-        "cliprange_low": 1.0,
-        "cliprange_high": 0.0,
-        "clip_low_threshold": 0.0,
-        "clip_high_threshold": 1.0,
-    }
+    default_bounds: ClassVar[dict[str, float]] = offset_bounds(1.0, 0.0)
     clip_low_threshold: float | None = Field(default=0.0, ge=0, allow_inf_nan=False)
     clip_high_threshold: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
+        low, high = self.ratio_bounds()
         return surrogate.cispo(
             batch.logprobs,
             batch.old_logprobs,
             batch.advantages,
-            **self.thresholds(),
+            clip_low_threshold=low,
+            clip_high_threshold=high,
             log_ratio_clamp=self.log_ratio_clamp,
         )
 
@@ -163,7 +164,7 @@ class TISConfig(ClippedRatioConfig):
 
 
 @register_policy_loss
-class ImportanceSamplingConfig(RatioPolicyConfig):
+class ImportanceSamplingConfig(LeveledRatioConfig):
     """Unclipped importance-weighted policy gradient."""
 
     loss_type: Literal["importance_sampling"] = "importance_sampling"

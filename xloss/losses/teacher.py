@@ -1,0 +1,79 @@
+"""Which teacher a distillation batch was given: exactly one, and one that the config is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from xloss.errors import MissingFieldError, OptionError, ShapeError
+from xloss.head.teacher import LogitsFn, TeacherHead, TeacherLogits
+from xloss.losses.base import require
+
+if TYPE_CHECKING:
+    from xloss.losses.distill import DistillLossConfig, DistillLossKwargs
+
+
+@dataclass(frozen=True)
+class GivenTeacher:
+    """What ``forward`` was given of a teacher, beside the batch."""
+
+    head_weight: Tensor | None
+    head_bias: Tensor | None
+    logits_fn: LogitsFn | None
+
+    def source(self, cfg: DistillLossConfig, kw: DistillLossKwargs) -> TeacherHead | TeacherLogits | None:
+        """Head or logits of the one teacher there is; ``None``: its top k.
+
+        Raises ``MissingFieldError`` unless there is exactly one, ``OptionError`` where the config is about another.
+        """
+        sources = {
+            "teacher_hidden_states": kw.teacher_hidden_states,
+            "teacher_logits": kw.teacher_logits,
+            "teacher_logits_fn": self.logits_fn,
+            "teacher_topk_ids": kw.teacher_topk_ids,
+        }
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) != 1:
+            raise MissingFieldError(f"give one teacher, as one of {tuple(sources)}; got {tuple(given)}")
+        name = given[0]
+        if (name == "teacher_topk_ids") != (cfg.topk_mode is not None):
+            raise OptionError(f"topk_mode={cfg.topk_mode!r} with {name}: it is for teacher_topk_ids, and they need it")
+        head = self.head_weight is not None or self.head_bias is not None
+        if head != (name == "teacher_hidden_states") or (head and self.head_weight is None):
+            raise MissingFieldError(
+                "teacher_hidden_states and forward's teacher_head_weight (with teacher_head_bias) come together; "
+                f"got {name}"
+            )
+        if cfg.topk_mode is not None:
+            _check_topk(cfg, kw)
+            return None
+        if kw.teacher_hidden_states is not None and self.head_weight is not None:
+            hidden = _flat(kw.teacher_hidden_states)
+            return TeacherHead(hidden, self.head_weight, self.head_bias, cfg.teacher_logit_scale, cfg.teacher_softcap)
+        if cfg.teacher_logit_scale != 1.0 or cfg.teacher_softcap is not None:
+            raise OptionError(f"teacher_logit_scale and teacher_softcap belong to a teacher's head; {name} has them")
+        if self.logits_fn is not None:
+            return TeacherLogits(self.logits_fn)
+        assert kw.teacher_logits is not None
+        return TeacherLogits(_flat(kw.teacher_logits))
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _check_topk(cfg: DistillLossConfig, kw: DistillLossKwargs) -> None:
+    logprobs, ids = require(kw, "teacher_topk_logprobs", "teacher_topk_ids need them"), kw.teacher_topk_ids
+    if ids is None or ids.shape != logprobs.shape:
+        raise ShapeError(
+            "teacher_topk_ids and teacher_topk_logprobs must have one shape; "
+            f"got {None if ids is None else tuple(ids.shape)} and {tuple(logprobs.shape)}"
+        )
+    tempered = kw.temperature is not None or cfg.temperature != 1.0
+    if tempered and cfg.hard_weight and cfg.topk_mode != "renormalized":
+        raise OptionError(
+            f"hard_weight={cfg.hard_weight} at temperature 1 and topk_mode={cfg.topk_mode!r} at another need two "
+            "normalisers of one token; use topk_mode='renormalized', or two contexts"
+        )
