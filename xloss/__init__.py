@@ -10,17 +10,21 @@ from xloss.losses.distill import (
     DistillLossContextInputItem,
     DistillLossKwargs,
 )
-from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext, GRPOLossKwargs, RLLossContextInputItem
+from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext
+from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem
 from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.mtp import MTPLossConfig, MTPLossContext, MTPLossContextInputItem, MTPLossKwargs
+from xloss.losses.oreal import OrealLossConfig, OrealLossContext, OrealLossKwargs
 from xloss.losses.policies import PolicyLossConfig, register_policy_loss
 from xloss.losses.preference import PreferenceLossConfig, PreferenceLossContext
 from xloss.losses.preferences import PreferenceTerm, register_preference_loss
 from xloss.losses.preferences.kwargs import PreferenceLossContextInputItem, PreferenceLossKwargs
+from xloss.losses.rollout_correction import Rejection, RolloutCorrection
 from xloss.losses.soft_ce import SoftCELossConfig, SoftCELossContext, SoftCELossContextInputItem, SoftCELossKwargs
 from xloss.losses.value import ValueLossConfig, explained_variance
+from xloss.losses.xtuner_rollout import RolloutImportanceSampling
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
 from xloss.packing import roll_labels, shift_labels
 from xloss.stats import StatSpec, TokenStats
@@ -52,6 +56,9 @@ __all__ = [
     "MTPLossContextInputItem",
     "MTPLossKwargs",
     "Metric",
+    "OrealLossConfig",
+    "OrealLossContext",
+    "OrealLossKwargs",
     "PerBatch",
     "PerToken",
     "PolicyLossConfig",
@@ -61,6 +68,9 @@ __all__ = [
     "PreferenceLossKwargs",
     "PreferenceTerm",
     "RLLossContextInputItem",
+    "Rejection",
+    "RolloutCorrection",
+    "RolloutImportanceSampling",
     "SoftCELossConfig",
     "SoftCELossContext",
     "SoftCELossContextInputItem",

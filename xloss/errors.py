@@ -48,6 +48,12 @@ class MissingFieldError(XlossError, ValueError):
     code = "missing-field"
 
 
+class NonFiniteError(XlossError, ValueError):
+    """A field holds NaN or inf at a token of the loss."""
+
+    code = "non-finite"
+
+
 class OptionError(XlossError, ValueError):
     """An option has a value outside its accepted range."""
 
@@ -75,6 +81,7 @@ CODES: tuple[str, ...] = tuple(
         DeviceError,
         LabelError,
         MissingFieldError,
+        NonFiniteError,
         OptionError,
         UnsupportedError,
         GraphError,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Reducer = Literal["sum", "mean", "max", "min"]
+Reducer = Literal["sum", "mean", "std", "ess", "max", "min"]
 _EMPTY = {"max": -torch.inf, "min": torch.inf}
 
 
@@ -21,9 +21,9 @@ _EMPTY = {"max": -torch.inf, "min": torch.inf}
 class Metric:
     """One metric of one part of a batch.
 
-    ``sum``: ``value`` adds. ``mean``: ``value`` is a sum and ``count`` what to divide it by in the end. ``max`` and
-    ``min``: ``value`` is an extreme, and ``+-inf`` where the part was empty. Both tensors are 0-d and on the loss's
-    device.
+    ``sum``: ``value`` adds. ``mean``: ``value`` is a sum and ``count`` what to divide it by in the end. ``std`` and
+    ``ess``: ``value`` is ``[sum x, sum x^2]``. ``max`` and ``min``: ``value`` is an extreme, and ``+-inf`` where the
+    part was empty. Tensors are 0-d (but for those pairs) and on the loss's device.
     """
 
     value: Tensor
@@ -46,6 +46,15 @@ class Metric:
         return cls(_kept(x, valid, 0).sum(), _count(x, valid), "mean")
 
     @classmethod
+    def moments(cls, x: Tensor, reducer: Literal["std", "ess"], valid: Tensor | None = None) -> Metric:
+        """Standard deviation of ``x`` over all tokens of all parts, or its effective sample size as a share of them.
+
+        ``std``: ``sqrt(mean(x^2) - mean(x)^2)``. ``ess``: ``mean(x)^2 / mean(x^2)``, 1 for equal weights.
+        """
+        x = _kept(x, valid, 0)
+        return cls(torch.stack([x.sum(), x.square().sum()]), _count(x, valid), reducer)
+
+    @classmethod
     def extreme(cls, x: Tensor, reducer: Literal["max", "min"], valid: Tensor | None = None) -> Metric:
         """Largest or smallest of ``x``, defined for an empty ``x`` too."""
         x = _kept(x, valid, _EMPTY[reducer]).reshape(-1)
@@ -62,11 +71,19 @@ class Metric:
         count = None if self.count is None or other.count is None else self.count + other.count
         return Metric(self.value + other.value, count, self.reducer)
 
+    def to(self, device: torch.device | str) -> Metric:
+        """The same on ``device``."""
+        return Metric(self.value.to(device), None if self.count is None else self.count.to(device), self.reducer)
+
     def result(self) -> Tensor:
         """The value, 0-d. Without any token: 0."""
-        if self.reducer == "mean":
-            assert self.count is not None
-            return self.value / self.count.clamp(min=1)
+        if self.count is not None and self.reducer in ("mean", "std", "ess"):
+            mean = self.value / self.count.clamp(min=1)
+            if self.reducer == "mean":
+                return mean
+            if self.reducer == "std":
+                return (mean[1] - mean[0].square()).clamp(min=0).sqrt()
+            return mean[0].square() / mean[1].masked_fill(mean[1] == 0, 1)
         if self.reducer in _EMPTY:
             return torch.where(torch.isinf(self.value), torch.zeros_like(self.value), self.value)
         return self.value
@@ -108,9 +125,10 @@ def finalize_metrics(parts: Iterable[dict[str, Metric]], group: dist.ProcessGrou
         ([m.value for m in merged.values() if m.reducer == "min"], dist.ReduceOp.MIN),
     ):
         if tensors:
-            packed = torch.stack([t.to(torch.float64) for t in tensors])
+            packed = torch.cat([t.to(torch.float64).reshape(-1) for t in tensors])
             dist.all_reduce(packed, op=op, group=group)
-            reduced.update({id(t): packed[i] for i, t in enumerate(tensors)})
+            parts_of = packed.split([t.numel() for t in tensors])
+            reduced.update({id(t): part.reshape(t.shape) for t, part in zip(tensors, parts_of, strict=True)})
     return {
         name: Metric(reduced[id(m.value)], None if m.count is None else reduced[id(m.count)], m.reducer).result()
         for name, m in merged.items()

@@ -124,6 +124,12 @@ class Segments:
         """Mean over the valid tokens of each sequence, ``[count]``; 0 where there is none."""
         return self.sum(values) / self.lengths(values).clamp(min=1)
 
+    def max(self, values: Tensor) -> Tensor:
+        """Largest value of the valid tokens of each sequence, ``[count]``; 0 where there is none."""
+        lowest = values.new_full((self.count,), -torch.inf)
+        found = lowest.scatter_reduce(0, self.ids, values.masked_fill(~self.valid, -torch.inf), "amax")
+        return found.masked_fill(self.lengths(values) == 0, 0)
+
     def spread(self, per_sequence: Tensor) -> Tensor:
         """Value of its sequence for each token, ``[count]`` to ``[T]``; differentiable."""
         return per_sequence[self.ids]

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from xloss.errors import UnsupportedError
+from xloss.errors import OptionError, UnsupportedError
 from xloss.head.backend import LossTwin
-from xloss.losses import calibration
+from xloss.head.outside_compile import outside_compile
+from xloss.head.plan import Plan
+from xloss.head.teacher import Teacher
+from xloss.losses import calibration, correction, policy_tokens, run
 from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem
+from xloss.losses.info import LossInfo
 from xloss.losses.kl import kl_of
 from xloss.losses.masked import MaskedLossConfig
-from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
+from xloss.losses.nonfinite import NonFinite
 from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
 from xloss.losses.policies.base import Coupling
 from xloss.losses.policies.metrics import policy_metrics
-from xloss.losses.reduction import Reduction, ReductionOptions, reduction_weights
+from xloss.losses.reduction import Reduction, ReductionOptions
+from xloss.losses.teacher import reference
 from xloss.losses.value import ValueLossConfig, weighted_value_loss
+from xloss.losses.xtuner_rollout import AnyRolloutCorrection
 from xloss.metrics import Metric
 from xloss.packing import Segments, rows_as_segments
 from xloss.policy.batch import PolicyBatch
@@ -40,6 +47,9 @@ class GRPOLossConfig(MaskedLossConfig):
         entropy_reduction: how the entropy bonus is averaged, if not by ``loss_reduction`` (TRL: ``token``).
         value_loss: loss of a critic's ``values``, given to ``forward``; needs ``returns``.
         value_loss_coef: its factor.
+        rollout_correction: weights and masks on the policy term that correct the sampler against the trainer.
+        positive_nll_coef: factor of the mean of ``-logprobs`` over tokens of positive ``rewards`` (VAPO).
+        nonfinite: what to do where the inputs of a token are NaN or inf: ``raise``, or ``drop`` the token and count it.
     """
 
     policy_loss_cfg: AnyPolicyLossConfig
@@ -47,6 +57,31 @@ class GRPOLossConfig(MaskedLossConfig):
     entropy_reduction: Reduction | None = None
     value_loss: ValueLossConfig | None = None
     value_loss_coef: float = Field(default=0.1, allow_inf_nan=False)
+    rollout_correction: AnyRolloutCorrection = None
+    positive_nll_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    nonfinite: NonFinite = "raise"
+
+    @property
+    def nll_coef(self) -> float:
+        """Factor of the mean negative log-likelihood of positive tokens."""
+        return self.positive_nll_coef
+
+    @model_validator(mode="after")
+    def _corrects_once(self) -> GRPOLossConfig:
+        policy: PolicyLossConfig = self.policy_loss_cfg
+        if self.rollout_correction is None:
+            return self
+        if policy.folds_is_weights:
+            raise ValueError(
+                f"{type(policy).__name__} folds is_weights into its formula: give those, no rollout_correction"
+            )
+        itself = "rollout_logprobs" in policy.needs or policy.ratio_anchor() == "rollout"
+        if itself and self.rollout_correction.level is not None:
+            raise ValueError(
+                f"{type(policy).__name__} weighs by the sampler itself; the weights of rollout_correction would do it "
+                "twice: set its level to None, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _entropy_reduction_holds(self) -> GRPOLossConfig:
@@ -63,8 +98,11 @@ class GRPOLossConfig(MaskedLossConfig):
             name, None, asked.count_empty_sequences and name.startswith("sample"), asked.grad_reduce
         )
 
-    def coupled_by(self) -> dict[Coupling, str]:
-        """What makes a token's loss depend on others, by how far it reaches; empty where each stands alone."""
+    def coupled_by(self, corrects_in_pass: bool = False) -> dict[Coupling, str]:
+        """What makes a token's loss depend on others, by how far it reaches; empty where each stands alone.
+
+        ``corrects_in_pass``: whether the rollout correction has no ``old_logprobs`` to form its weights from.
+        """
         policy: PolicyLossConfig = self.policy_loss_cfg
         reach, name = policy.couples(), type(policy).__name__
         found = self.masks_couple()
@@ -76,6 +114,8 @@ class GRPOLossConfig(MaskedLossConfig):
             found["batch"] = f"{name} couples the tokens of the micro-batch"
         if self.use_kl_loss and self.kl_ratio_level == "sequence":
             found.setdefault("sequence", "kl_ratio_level='sequence' takes the ratio of the sequence")
+        if corrects_in_pass and self.rollout_correction is not None and self.rollout_correction.needs_sequences:
+            found.setdefault("sequence", "rollout_correction weighs or rejects whole sequences")
         return found
 
     @property
@@ -90,55 +130,6 @@ class GRPOLossConfig(MaskedLossConfig):
         return super().build(data, sp_mesh, device)
 
 
-class RLLossContextInputItem(BaseLossContextInputItem):
-    """One micro-batch of rollouts. All tensors have the shape of ``shifted_labels``.
-
-    Args:
-        advantages: per token; the same for all tokens of a response in GRPO.
-        old_logprobs: of the policy at the start of the step; ``None``: ``rollout_logprobs`` if given, else on-policy
-            (the current ones, detached).
-        ref_logprobs: of the frozen reference, for the KL penalty.
-        rollout_logprobs: as the sampler reported them.
-        is_weights: constant weight on the policy term, correcting sampler against trainer.
-        group_ids: number of each token's prompt, the same on all ranks; for losses and reductions over prompts.
-        returns: what the critic's values should be.
-        old_values: of the critic at the start of the step, for ``value_clip``.
-    """
-
-    advantages: Annotated[Tensor, PerToken(pad=0.0)]
-    old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
-    group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
-    returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-
-
-class GRPOLossKwargs(BaseLossKwargs):
-    """The item's tensors, and weights that hold the global denominator.
-
-    Args:
-        policy_loss_weight: ``w is_weights``. kl_loss_weight: ``w kl_loss_coef``. entropy_loss_weight:
-            ``w entropy_coef``. value_loss_weight: ``w value_loss_coef``. All 0 at ignored labels.
-        global_grad_tokens: valid tokens of the global batch, 0-d.
-    """
-
-    advantages: Annotated[Tensor, PerToken(pad=0.0)]
-    old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    is_weights: Annotated[Tensor | None, PerToken(pad=1.0)] = None
-    group_ids: Annotated[Tensor | None, PerToken(pad=0)] = None
-    returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    policy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
-    kl_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
-    entropy_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
-    value_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    global_grad_tokens: Annotated[Tensor | None, PerBatch()] = None
-
-
 class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     """Policy loss of one micro-batch."""
 
@@ -146,10 +137,18 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     loss_kwargs: GRPOLossKwargs
 
     def is_token_local(self) -> bool:
-        return not self.loss_cfg.coupled_by()
+        return not self._coupled_by()
 
     def why_coupled(self) -> str:
-        return "; ".join(self.loss_cfg.coupled_by().values())
+        return "; ".join(self._coupled_by().values())
+
+    @property
+    def _corrects_in_pass(self) -> bool:
+        """Whether the weights of the rollout correction wait for the current log-probs, which stand for the old."""
+        return self.loss_cfg.rollout_correction is not None and self.loss_kwargs.old_logprobs is None
+
+    def _coupled_by(self) -> dict[Coupling, str]:
+        return self.loss_cfg.coupled_by(self._corrects_in_pass)
 
     @classmethod
     def calibrate(
@@ -161,10 +160,10 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     ) -> None:
         if not kwargs_list:
             return
-        if loss_cfg.use_kl_loss:
+        if loss_cfg.use_kl_loss and not loss_cfg.full_kl:
             for kwargs in kwargs_list:
                 require(kwargs, "ref_logprobs", _NEED_REF)
-        coupled = loss_cfg.coupled_by()
+        coupled = loss_cfg.coupled_by(policy_tokens.corrects_in_pass(kwargs_list, loss_cfg))
         if coupled and sp_mesh is not None and sp_mesh.size() > 1:
             raise UnsupportedError(
                 f"{'; '.join(coupled.values())}, but sp_mesh cuts sequences into parts; use a loss of each token, or "
@@ -173,41 +172,34 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
         if "group" in coupled:
             calibration.check_whole_groups(kwargs_list, loss_cfg.ignore_idx)
-        options, entropy_options = loss_cfg.reduction_options(), loss_cfg.entropy_reduction_options()
-        weights = reduction_weights(kwargs_list, loss_cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
-        entropy_weights = weights
-        if loss_cfg.entropy_coef and entropy_options != options:
-            entropy_weights = reduction_weights(
-                kwargs_list, loss_cfg.ignore_idx, entropy_options, cu_seq_lens_list, sp_mesh
-            )
-        folded = loss_cfg.policy_loss_cfg.folds_is_weights
-        num_tokens = calibration.global_sum([kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in kwargs_list])
-        for kwargs, weight, entropy_weight in zip(kwargs_list, weights, entropy_weights, strict=True):
-            is_weights = None if folded else kwargs.is_weights
-            kwargs.policy_loss_weight = (
-                weight if is_weights is None else weight * is_weights.masked_fill(weight == 0, 0)
-            )
-            kwargs.kl_loss_weight = weight * loss_cfg.kl_loss_coef if loss_cfg.use_kl_loss else None
-            kwargs.entropy_loss_weight = entropy_weight * loss_cfg.entropy_coef if loss_cfg.entropy_coef else None
-            kwargs.value_loss_weight = None if loss_cfg.value_loss is None else weight * loss_cfg.value_loss_coef
-            kwargs.global_grad_tokens = num_tokens
+        policy_tokens.weigh_tokens(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh, cls.policy_weights)
+
+    @classmethod
+    def policy_weights(cls, counted: list[Any], weights: list[Tensor], loss_cfg: Any) -> list[Tensor]:
+        """Weights of the policy term from those of ``loss_reduction``; ``counted`` has the labels that they count."""
+        return weights
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "policy_loss_weight", _CALL_BUILD)
         if self.loss_cfg.use_kl_loss:
-            require(self.loss_kwargs, "ref_logprobs", _NEED_REF)
+            if not self.loss_cfg.full_kl:
+                require(self.loss_kwargs, "ref_logprobs", _NEED_REF)
             require(self.loss_kwargs, "kl_loss_weight", _CALL_BUILD)
             if self.loss_cfg.kl_ratio_anchor == "rollout":
                 require(self.loss_kwargs, "rollout_logprobs", "kl_ratio_anchor='rollout' takes the ratio to them")
         if self.loss_cfg.entropy_coef:
             require(self.loss_kwargs, "entropy_loss_weight", _CALL_BUILD)
+        if self.loss_cfg.nll_coef:
+            require(self.loss_kwargs, "nll_loss_weight", _CALL_BUILD)
+        if self.loss_cfg.rollout_correction is not None and not self._corrects_in_pass:
+            require(self.loss_kwargs, "rollout_weights", _CALL_BUILD)
         policy: PolicyLossConfig = self.loss_cfg.policy_loss_cfg
         if policy.ratio_anchor() == "rollout":
             require(self.loss_kwargs, "rollout_logprobs", "anchor='rollout' takes the ratio to the sampler's log-probs")
         for name in policy.needs:
             field = "group_ids" if name == "groups" else name
             require(self.loss_kwargs, field, f"{type(policy).__name__} cannot do without it")
-        coupled = self.loss_cfg.coupled_by()
+        coupled = self._coupled_by()
         if coupled and self.loss_kwargs.cut:
             raise UnsupportedError(f"{self.why_coupled()}: kwargs that chunk() cut hold parts of them; cat() first")
         labels = self.loss_kwargs.shifted_labels
@@ -218,23 +210,71 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
         cfg, kwargs = self.loss_cfg, self.loss_kwargs
         if cfg.value_loss is None:
-            return super().value_losses(values)
+            if values is not None:
+                raise OptionError("values is given, but the config has no value_loss; set it or leave values out")
+            return None
         weight = require(kwargs, "value_loss_weight", _CALL_BUILD)
         require(kwargs, "returns", "value_loss regresses the critic's values on it")
         if cfg.value_loss.value_clip is not None:
             require(kwargs, "old_values", f"value_clip={cfg.value_loss.value_clip} needs it")
         return weighted_value_loss(cfg.value_loss, values, kwargs, weight, cfg.ignore_idx)
 
+    @outside_compile
+    def forward(
+        self,
+        hidden_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None = None,
+        *,
+        values: Tensor | None = None,
+        ref_head_weight: Tensor | None = None,
+        ref_head_bias: Tensor | None = None,
+    ) -> tuple[Tensor, LossInfo]:
+        """As ``BaseLossContext.forward``, and what some configs need beside.
+
+        Args:
+            hidden_states: as there. head_weight: as there. head_bias: as there.
+            values: of a critic, in the shape of ``shifted_labels``, with gradient; for ``value_loss``.
+            ref_head_weight: of the reference, constant; for ``kl_loss_type="full"``. ref_head_bias: its bias.
+
+        Raises:
+            OptionError: one of them is given and the config has no use for it.
+        """
+        ref = self._reference(ref_head_weight, ref_head_bias)
+        return run.forward(self, hidden_states, head_weight, head_bias, ref, values)
+
+    __call__ = forward
+
+    def explain(
+        self,
+        hidden_states: Tensor | None = None,
+        head_weight: Tensor | None = None,
+        head_bias: Tensor | None = None,
+        *,
+        ref_head_weight: Tensor | None = None,
+        ref_head_bias: Tensor | None = None,
+    ) -> Plan:
+        """As ``BaseLossContext.explain``; takes what ``forward`` takes."""
+        ref = None if hidden_states is None else self._reference(ref_head_weight, ref_head_bias)
+        return run.explain(self, hidden_states, head_weight, head_bias, ref)
+
+    def _reference(self, head_weight: Tensor | None, head_bias: Tensor | None) -> Teacher | None:
+        kw = self.loss_kwargs
+        return reference(kw, self.loss_cfg, self.head_temperature(kw), head_weight, head_bias)
+
     def stats_needed(self) -> StatSpec:
         cfg = self.loss_cfg
         ranked = cfg.top_entropy_quantile is not None
-        return StatSpec(entropy=cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy)
+        entropy = cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy
+        return StatSpec(entropy=entropy, divergence=cfg.full_kl)
 
     def live_mask(self) -> Tensor:
         if self.is_token_local():
             return super().live_mask()
         # a token of weight 0 still counts in the sums over its sequence
-        return self.loss_kwargs.shifted_labels.reshape(-1) != self.loss_cfg.ignore_idx
+        live = self.loss_kwargs.shifted_labels.reshape(-1) != self.loss_cfg.ignore_idx
+        mask = self.loss_kwargs.loss_mask
+        return live if mask is None else live & mask.reshape(-1)
 
     def known_zero_grad(self) -> Tensor | None:
         cfg, kwargs = self.loss_cfg, self.loss_kwargs
@@ -243,7 +283,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         zero = kwargs.policy_loss_weight == 0
         if cfg.policy_loss_cfg.no_gradient_without_advantage():
             zero = zero | (kwargs.advantages == 0)
-        for other in (kwargs.kl_loss_weight, kwargs.entropy_loss_weight):
+        for other in (kwargs.kl_loss_weight, kwargs.entropy_loss_weight, kwargs.nll_loss_weight):
             if other is not None:
                 zero = zero & (other == 0)
         return zero
@@ -252,7 +292,9 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         cfg, kw = self.loss_cfg, loss_kwargs
         policy: PolicyLossConfig = cfg.policy_loss_cfg
         known = policy.twin() if self.is_token_local() else None
-        if known is None or (cfg.use_kl_loss and not cfg.kl_in_kernel(policy.ratio_anchor())):
+        if known is None or self._corrects_in_pass or kw.nll_loss_weight is not None or cfg.full_kl:
+            return None
+        if cfg.use_kl_loss and not cfg.kl_in_kernel(policy.ratio_anchor()):
             return None
         loss, numbers = known
         vectors = {
@@ -266,13 +308,21 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         numbers["entropy_coef"] = 1.0 if cfg.entropy_coef else 0.0
         if not cfg.use_kl_loss or cfg.kl_loss_type is None:
             return LossTwin(loss, numbers, vectors=vectors)
+        assert cfg.kl_loss_type != "full"
         numbers |= cfg.kl_numbers()
         return LossTwin(loss, numbers, KL_ESTIMATOR[cfg.kl_loss_type], cfg.kl_loss_grad, vectors)
 
+    def _old(self, kw: Any) -> Tensor | None:
+        """The old policy's log-probs; ``None``: the current ones. A correction keeps the sampler's for itself."""
+        correction = self.loss_cfg.rollout_correction
+        bypass = correction is None or correction.bypass
+        old: Tensor | None = kw.rollout_logprobs if kw.old_logprobs is None and bypass else kw.old_logprobs
+        return old
+
     def _anchor(self, kw: Any) -> Tensor | None:
         """Log-probs that the ratio is taken against; ``None`` is on-policy."""
-        from_rollout = self.loss_cfg.policy_loss_cfg.ratio_anchor() == "rollout" or kw.old_logprobs is None
-        found: Tensor | None = kw.rollout_logprobs if from_rollout else kw.old_logprobs
+        from_rollout = self.loss_cfg.policy_loss_cfg.ratio_anchor() == "rollout"
+        found: Tensor | None = kw.rollout_logprobs if from_rollout else self._old(kw)
         return found
 
     def policy_batch(self, stats: TokenStats, kw: Any) -> PolicyBatch:
@@ -309,8 +359,15 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         loss = loss * kw.policy_loss_weight
         metrics = policy_metrics(batch, leveled, policy.ratio_bounds()) | policy.metrics(leveled)
         metrics |= {f"{name}_masked_frac": Metric.mean((~mask).to(loss.dtype), valid) for name, mask in masks.items()}
+        if cfg.rollout_correction is not None and self._corrects_in_pass:
+            weights, figures = correction.correct_in_pass(cfg.rollout_correction, batch)
+            loss = loss * weights
+            metrics |= figures
+        if kw.nll_loss_weight is not None:
+            loss = loss - batch.logprobs * kw.nll_loss_weight
         if cfg.use_kl_loss:
-            kl = kl_of(cfg, batch, kw)
+            sampled = kw.rollout_logprobs if cfg.kl_ratio_anchor == "rollout" else self._old(kw)
+            kl = kl_of(cfg, batch, sampled, stats.divergence)
             loss = loss + kl * kw.kl_loss_weight
             metrics["ref_kl"] = Metric.mean(kl, valid)
         if stats.entropy is not None:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss import distributed, shapes
 from xloss.errors import MissingFieldError, OptionError, ShapeError, unknown_name
 from xloss.head.options import LiveRows
+from xloss.metrics import Metric, merge_metrics
 from xloss.packing import check_cu_seq_lens
 
 
@@ -134,11 +135,21 @@ class BaseLossKwargs(TokenBatch):
     cu_seq_lens: Annotated[Tensor | None, PerBatch()] = None
     _rows: tuple[object, list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
     _cut: bool = PrivateAttr(default=False)
+    _metrics: dict[str, Metric] = PrivateAttr(default_factory=dict)
 
     @property
     def cut(self) -> bool:
         """Whether this is a piece made by ``chunk``, in which sequences may stand in part."""
         return self._cut
+
+    @property
+    def built_metrics(self) -> dict[str, Metric]:
+        """Figures found where the batch was built; they join those of its forward."""
+        return self._metrics
+
+    def keep_metrics(self, metrics: dict[str, Metric]) -> None:
+        """Report these with this batch."""
+        self._metrics = metrics
 
     def remember_rows(self, rows: LiveRows, config: object) -> None:
         """Keep live rows counted for these tensors and ``config``; a tensor replaced or written to ends that."""
@@ -159,6 +170,7 @@ class BaseLossKwargs(TokenBatch):
         config = None if self._rows is None else self._rows[0]
         rows = self.known_rows(config)
         super().to(device)
+        self._metrics = {name: metric.to(device) for name, metric in self._metrics.items()}
         if rows is not None:
             self.remember_rows(rows.to(device), config)
         return self
@@ -193,6 +205,7 @@ class BaseLossKwargs(TokenBatch):
                 piece.cu_seq_lens = (self.cu_seq_lens - start).clamp(0, stop - start)
             piece._cut = self._cut or stop - start < length
             pieces.append(piece)
+        pieces[0].keep_metrics(self._metrics)
         return pieces
 
     @classmethod
@@ -215,7 +228,9 @@ class BaseLossKwargs(TokenBatch):
                 bounds.append(c.cu_seq_lens[1 if bounds else 0 :] + offset)
                 offset += c.shifted_labels.shape[-1]
             joined["cu_seq_lens"] = torch.cat(bounds)
-        return first.replaced(joined)
+        whole = first.replaced(joined)
+        whole.keep_metrics(merge_metrics([c.built_metrics for c in chunks]))
+        return whole
 
     def flat(self, dtype: torch.dtype) -> Self:
         """A copy with per-token tensors as ``[T]`` (or ``[T, K]``), floats in ``dtype``, detached."""

@@ -15,6 +15,7 @@ from xloss.head.functions import LinearLogprobs, OnePass, OnePassJob
 from xloss.head.linear_logprobs import spread_stats
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
 from xloss.head.plan import Plan, PlanKind
+from xloss.head.runner import ChunkRunner
 from xloss.head.teacher import Teacher
 from xloss.losses.chunked_autograd import run_chunked, split_result
 from xloss.losses.info import LossInfo
@@ -66,7 +67,7 @@ class _Run:
         # a chunk of the kwargs (loss_fn called by hand) has rows of its own
         self.rows: LiveRows = ctx.live_rows() if kwargs is ctx.loss_kwargs else type(ctx)(cfg, kwargs).live_rows()
         self.kwargs = kwargs.flat(gemm.accumulate_dtype(self.inputs.operand_dtype))
-        self.metrics: list[dict[str, Metric]] = []
+        self.metrics: list[dict[str, Metric]] = [kwargs.built_metrics]
         self.kind, why = self._choose()
         self.reasons: tuple[str, ...] = beside + why
 
@@ -242,9 +243,7 @@ def _chunked_stats(run: _Run, plan: Plan) -> TokenStats:
     call = head_call(run.inputs, run.options, run.rows, plan, run.run_options)
     inputs = run.inputs
     if plan.kind == "forward-only":
-        return engine.forward_stats(
-            engine.ChunkRunner(call, inputs.hidden, inputs.weight, inputs.bias), 0, run.rows.num_live
-        )
+        return engine.forward_stats(ChunkRunner(call, inputs.hidden, inputs.weight, inputs.bias), 0, run.rows.num_live)
     *values, top1 = LinearLogprobs.apply(inputs.hidden, inputs.weight, inputs.bias, call)
     return TokenStats(**dict(zip(DIFFERENTIABLE, values, strict=True)), top1=top1)
 

@@ -1,0 +1,74 @@
+"""OREAL: likelihood on positive answers beside a policy loss whose signs are weighed apart."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext
+from xloss.losses.grpo_kwargs import GRPOLossKwargs
+from xloss.losses.policy_tokens import positive_tokens, token_shares
+
+
+class OrealLossConfig(GRPOLossConfig):
+    """``f+ sum_{A > 0} (p policy_t - s logprobs_t) / N+  +  f- sum_{A <= 0} policy_t / N-``, and GRPO's other terms.
+
+    ``N+`` and ``N-`` count tokens over the global batch, at least 1 each (arXiv 2502.06781; XTuner's names).
+
+    Args:
+        positive_loss_factor: ``f+``.
+        pos_sft_loss_weight: ``s``.
+        pos_policy_loss_weight: ``p``.
+        negative_loss_factor: ``f-``.
+    """
+
+    positive_loss_factor: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    pos_sft_loss_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    pos_policy_loss_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    negative_loss_factor: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    @property
+    def nll_coef(self) -> float:
+        return self.pos_sft_loss_weight * self.positive_loss_factor
+
+    @property
+    def loss_ctx_cls(self) -> type[OrealLossContext]:
+        return OrealLossContext
+
+    @model_validator(mode="after")
+    def _own_weights(self) -> Self:
+        if self.loss_reduction != "token":
+            raise ValueError(
+                f"OREAL averages over tokens of each sign: loss_reduction must be 'token'; got {self.loss_reduction!r}"
+            )
+        if self.positive_nll_coef:
+            raise ValueError("positive_nll_coef is pos_sft_loss_weight in OREAL; give that")
+        return self
+
+
+class OrealLossKwargs(GRPOLossKwargs):
+    """As GRPO's; ``nll_loss_weight`` is XTuner's ``sft_loss_weight``."""
+
+
+class OrealLossContext(GRPOLossContext):
+    """OREAL loss of one micro-batch."""
+
+    loss_cfg: OrealLossConfig
+    loss_kwargs: OrealLossKwargs
+
+    @classmethod
+    def policy_weights(cls, counted: list[Any], weights: list[Tensor], loss_cfg: Any) -> list[Tensor]:
+        cfg: OrealLossConfig = loss_cfg
+        positive = [positive_tokens(kwargs, cfg.ignore_idx) for kwargs in counted]
+        negative = [
+            (kwargs.shifted_labels != cfg.ignore_idx) & ~mask for kwargs, mask in zip(counted, positive, strict=True)
+        ]
+        gain = cfg.pos_policy_loss_weight * cfg.positive_loss_factor
+        shares = zip(
+            token_shares(positive, gain, cfg.grad_reduce),
+            token_shares(negative, cfg.negative_loss_factor, cfg.grad_reduce),
+            strict=True,
+        )
+        return [of_positive + of_negative for of_positive, of_negative in shares]
