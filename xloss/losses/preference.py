@@ -197,12 +197,13 @@ class PreferenceLossContext(BaseLossContext[PreferenceLossContextInputItem]):
 
     def _batch(self, sums: Tensor, ref_sums: Tensor, lengths: Tensor | None, kw: Any) -> PreferenceBatch:
         """What terms see, divided by ``lengths`` for those that average. NaN in sequences left out does not enter."""
-        sides = []
-        for numbers in (kw.chosen, kw.rejected):
+
+        def side(numbers: Tensor) -> Side:
             own, ref = sums[numbers], ref_sums[numbers]
             scores = divergence_score(own - ref, self.loss_cfg.f_divergence, self.loss_cfg.f_alpha)
-            sides.append(Side(*(x if lengths is None else x / lengths[numbers] for x in (own, ref, scores))))
-        return PreferenceBatch(*sides, kw.kl_point, kw.reward_shift)
+            return Side(*(x if lengths is None else x / lengths[numbers] for x in (own, ref, scores)))
+
+        return PreferenceBatch(side(kw.chosen), side(kw.rejected), kw.kl_point, kw.reward_shift)
 
 
 def _check_fields(kwargs: PreferenceLossKwargs, cfg: PreferenceLossConfig) -> None:
