@@ -315,7 +315,7 @@ def test_autocast(run: str) -> None:
 @pytest.mark.parametrize("tau", [1.0, "per token"])
 def test_clamped_divergence(tau: float | str, source: str, run: dict[str, Any]) -> None:
     """`loss_max_clamp` stops value and gradient; such rows leave the second pass, and the rest keep their teacher."""
-    problem = Problem(tau=tau)
+    problem = Problem(tau=tau, seed=1)  # drops first rows of a chunk, not only last ones
     inputs = head.leaves(problem.hidden, problem.weight, problem.head_bias)
     z = distill.student_logits(*inputs, STUDENT, problem.live)
     found = distill.of_logits(z / problem.tau_live, problem.teacher_logits()[problem.live] / problem.tau_live, "jsd")
