@@ -233,8 +233,8 @@ def step_cases(
 
 @st.composite
 def policies(draw: st.DrawFn) -> dict[str, object]:
-    """A policy_loss_cfg with tight clips, so that both sides act."""
-    name = draw(st.sampled_from(("vanilla", "cispo", "importance_sampling", "dro", "reinforce")))
+    """A policy_loss_cfg with tight clips, so that both sides act. The ratio is against `old`."""
+    name = draw(st.sampled_from(("vanilla", "dro", "reinforce", "kimi", *TOKEN_RATIO)))
     if name == "vanilla":
         return {
             "loss_type": name,
@@ -244,7 +244,27 @@ def policies(draw: st.DrawFn) -> dict[str, object]:
             "log_prob_diff_min": draw(st.sampled_from((-20.0, -2.0))),
             "log_prob_diff_max": draw(st.sampled_from((20.0, 1.5))),
         }
-    if name == "cispo":
-        low = draw(st.sampled_from((0.0, 0.8)))
-        return {"loss_type": name, "clip_low_threshold": low, "clip_high_threshold": draw(st.sampled_from((1.2, 5.0)))}
-    return {"loss_type": name, "beta": draw(st.sampled_from((0.05, 1.0)))} if name == "dro" else {"loss_type": name}
+    fields = TOKEN_RATIO.get(name) or {"dro": {"beta": (0.05, 1.0)}, "kimi": {"tau": (0.1, 1.0)}}.get(name, {})
+    return {"loss_type": name} | {field: draw(st.sampled_from(values)) for field, values in fields.items()}
+
+
+_CLAMP = {"log_ratio_clamp": (20.0, 1.5)}
+_DELTAS = {"anchor": ("old",), "delta_low": (0.05, 0.2), "delta_high": (0.02, 0.2), "ratio_cap": (None, 2.0)}
+TOKEN_RATIO: dict[str, dict[str, tuple[object, ...]]] = {
+    "ppo": {
+        "clip_low_threshold": (0.9, 0.8),
+        "clip_high_threshold": (1.1, 1.28),
+        "dual_clip_c": (None, 1.4, 3.0),
+        "delta": (None, 1.5, 4.0),
+        **_CLAMP,
+    },
+    "cispo": {"clip_low_threshold": (0.0, 0.8), "clip_high_threshold": (1.2, 5.0), "unified_mask": (False, True)},
+    "importance_sampling": {"log_ratio_clamp": (None, 1.5)},
+    "tis": _CLAMP,
+    "rollout_is": {"anchor": ("old",), "cliprange_low": (0.2, 0.9), "cliprange_high": (0.3, 4.0), **_CLAMP},
+    "topr": {"positive_weight": (1.0, 0.3), "negative_weight": (1.0, 2.0)},
+    "sapo": {"tau_pos": (1.0, 2.0), "tau_neg": (1.05, 0.6), **_CLAMP},
+    "dppo_tv": _DELTAS | {"one_sided": (True, False)} | _CLAMP,
+    "dppo_kl": _DELTAS | _CLAMP,
+}
+"""Fields of losses of a token's own ratio, and values to draw; all but `kimi` and `dro` scale with the advantages."""

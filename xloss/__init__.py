@@ -11,7 +11,7 @@ from xloss.losses.distill import (
     DistillLossKwargs,
 )
 from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext
-from xloss.losses.grpo_batch import GRPOLossKwargs, RLLossContextInputItem
+from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem
 from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 import xloss
 from tests.docs.test_readme_and_docs import PAGES, ROOT
 from xloss.losses.policies import policy_losses
+from xloss.losses.preferences import PreferenceTerm, preference_losses
 from xloss.losses.reduced import ReducedLossConfig
 
 TABLE = re.compile(r"^<!-- fields: (?P<model>\w+)(?: beyond (?P<base>\w+))? -->\n+(?P<rows>(?:\|.*\n?)+)", re.MULTILINE)
@@ -26,7 +27,9 @@ TABLES = [(page, match) for page in PAGES for match in TABLE.finditer(page.read_
 
 
 def model(name: str) -> type[BaseModel]:
-    others = {cls.__name__: cls for cls in (*policy_losses().values(), ReducedLossConfig)}
+    others = {
+        cls.__name__: cls for cls in (*policy_losses().values(), *preference_losses().values(), ReducedLossConfig)
+    }
     found = getattr(xloss, name, None) or others[name]
     assert issubclass(found, BaseModel)
     return found
@@ -68,9 +71,11 @@ def test_arguments_of_linear_logprobs() -> None:
 
 
 def test_every_model_of_a_user_has_a_table() -> None:
-    """Configs of losses and of policy losses, and the items a user fills in."""
+    """Configs of losses, policy losses and preference terms with fields of their own, and the items a user fills in."""
     public = {n for n in xloss.__all__ if n.endswith(("Config", "InputItem"))}
     public |= {cls.__name__ for cls in policy_losses().values()}
+    common = {*PreferenceTerm.model_fields, "label_smoothing"}
+    public |= {cls.__name__ for cls in preference_losses().values() if set(cls.model_fields) - common}
     without_fields = {n for n in public if not set(model(n).model_fields) - set(xloss.BaseLossConfig.model_fields)}
     tables = {m["model"] for _, m in TABLES}
     assert public - without_fields - tables - {"BaseLossContextInputItem"} == set()

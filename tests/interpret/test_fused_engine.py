@@ -45,6 +45,38 @@ CONFIGS: dict[str, Any] = {
         "kl_loss_coef": 0.3,
         "entropy_coef": 0.1,
     },
+    "delta-straight-through": {
+        "policy_loss_cfg": {"loss_type": "ppo", "clip_high_threshold": 1.1, "delta": 1.3, "anchor": "rollout"},
+        "use_kl_loss": True,
+        "kl_loss_type": "k3",
+        "kl_loss_grad": "straight_through",
+        "kl_loss_coef": 0.3,
+    },
+    "offsets-unbiased": {
+        "policy_loss_cfg": {"loss_type": "cispo", "cliprange_low": 0.3, "log_ratio_clamp": 0.5},
+        "use_kl_loss": True,
+        "kl_loss_type": "k3",
+        "kl_loss_grad": "unbiased",
+        "kl_clamp_in": None,
+        "kl_clamp_out": None,
+        "kl_loss_coef": 0.3,
+    },
+    "kimi-score-function": {
+        "policy_loss_cfg": {"loss_type": "kimi"},
+        "use_kl_loss": True,
+        "kl_loss_type": "k2",
+        "kl_loss_grad": "score_function",
+        "kl_clamp_in": 0.3,
+        "kl_loss_coef": 0.3,
+    },
+    "torch-formulas": {
+        "policy_loss_cfg": {"loss_type": "sapo"},
+        "use_kl_loss": True,
+        "kl_loss_type": "k3",
+        "kl_clamp_in": 0.2,
+        "kl_clamp_straight_through": True,
+        "kl_loss_coef": 0.3,
+    },
     "ce": {},
     "ce-everything": {"label_smoothing": 0.1, "z_loss_coef": 0.01, "return_entropy": True},
 }
@@ -69,7 +101,11 @@ def _step(fields: dict[str, Any], dtype: torch.dtype, bias: bool, work: torch.dt
     if "policy_loss_cfg" in fields:
         cfg: Any = GRPOLossConfig(**fields)
         item: Any = RLLossContextInputItem(
-            shifted_labels=labels, advantages=advantages, old_logprobs=old, ref_logprobs=old + 0.4
+            shifted_labels=labels,
+            advantages=advantages,
+            old_logprobs=old,
+            ref_logprobs=old + 0.4,
+            rollout_logprobs=old - 0.2,
         )
     else:
         cfg, item = CELossConfig(**fields), CELossContextInputItem(shifted_labels=labels)

@@ -84,3 +84,23 @@ def test_losses(name: str, chunk_size: int | None, plan: str, monkeypatch: pytes
     for what, ours, gold in zip(("loss", "logprobs", "d hidden", "d weight"), got, want, strict=False):
         error = (ours.double() - gold).abs().max() / gold.abs().max()
         assert error <= budgets.FUSED_RELATIVE[torch.float32], f"{what}: {float(error):.2g}"
+
+
+def test_dft_of_hopeless_labels() -> None:
+    """Probabilities far below exp(-20), where policy losses clamp: nothing is clamped here."""
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(1, T, H, generator=g), torch.randn(V, H, generator=g)
+    logits = (hidden @ weight.T) * 6
+    labels = logits.argmin(-1)
+    found = []
+    for mode, dtype in (("eager", torch.float64), ("fused", torch.float32)):
+        cfg = CELossConfig(token_scaling="dft", logit_scale=6.0, mode=mode)
+        item = CELossContextInputItem(shifted_labels=labels)
+        (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)
+        leaf = hidden.to(dtype).requires_grad_()
+        loss, info = cfg.loss_ctx_cls(cfg, kwargs).forward(leaf, weight.to(dtype))
+        found.append([info.token_loss, *torch.autograd.grad(loss, leaf)])
+        assert info.logprobs is not None and float(info.logprobs.detach().max()) < -25
+    max_logit = 2 * float(logits.abs().max())
+    for ours, gold in zip(found[1], found[0], strict=True):
+        budgets.assert_rounding("dft", ours, gold, max_logit, 0.0)

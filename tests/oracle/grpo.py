@@ -2,16 +2,16 @@
 
 r = exp(clamp(lp - old, d_min, d_max))                       (gradient 0 where the clamp acts)
 vanilla              max(-r A, -clip(r, 1 - lo, 1 + hi) A);  for A < 0 at most -c A
-cispo                -sg(clip(r, lo, hi)) A lp
-importance_sampling  -r A
 dro                  -(A lp - beta / 2 (lp - old)^2)
 reinforce            -A lp
+others               token_policies.py
 k1 = lp - ref   abs = |lp - ref|   k2 = (lp - ref)^2 / 2   k3 = clamp(e^d - d - 1, +-10), d = clamp(ref - lp, +-20)
 loss_b = sum_t [ is_t policy_t + c_kl kl_t - c_H entropy_t ] / N,  N = tokens that count, over all micro-batches
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle.head import Head, Stats, token_stats
+from tests.oracle.token_policies import TOKEN_POLICY, with_slope
 
 KL_KIND = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 
@@ -42,6 +43,7 @@ class Objective:
     kl_type: str | None = None
     entropy_coef: float = 0.0
     head: Head = field(default_factory=Head)
+    kl_options: dict[str, Any] = field(default_factory=dict)
 
 
 def vanilla(lp: Tensor, old: Tensor, adv: Tensor, cfg: dict[str, Any]) -> Tensor:
@@ -51,15 +53,6 @@ def vanilla(lp: Tensor, old: Tensor, adv: Tensor, cfg: dict[str, Any]) -> Tensor
     surrogate = torch.maximum(-r * adv, -clipped * adv)
     c = cfg.get("clip_ratio_c", 3.0)
     return surrogate if c is None else torch.where(adv < 0, torch.minimum(surrogate, -c * adv), surrogate)
-
-
-def cispo(lp: Tensor, old: Tensor, adv: Tensor, cfg: dict[str, Any]) -> Tensor:
-    low, high = cfg.get("clip_low_threshold", 0.0), cfg.get("clip_high_threshold", 5.0)
-    return -torch.clamp((lp - old).exp(), low, high).detach() * adv * lp
-
-
-def importance_sampling(lp: Tensor, old: Tensor, adv: Tensor, cfg: dict[str, Any]) -> Tensor:
-    return -(lp - old).exp() * adv
 
 
 def dro(lp: Tensor, old: Tensor, adv: Tensor, cfg: dict[str, Any]) -> Tensor:
@@ -72,10 +65,9 @@ def reinforce(lp: Tensor, old: Tensor, adv: Tensor, cfg: dict[str, Any]) -> Tens
 
 POLICY: dict[str, Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]] = {
     "vanilla": vanilla,
-    "cispo": cispo,
-    "importance_sampling": importance_sampling,
     "dro": dro,
     "reinforce": reinforce,
+    **TOKEN_POLICY,
 }
 
 
@@ -89,6 +81,40 @@ def kl(lp: Tensor, ref: Tensor, kind: str) -> Tensor:
         return 0.5 * (lp - ref) ** 2
     d = torch.clamp(ref - lp, -20.0, 20.0)
     return torch.clamp(d.exp() - d - 1.0, -10.0, 10.0)
+
+
+def kl_term(lp: Tensor, ref: Tensor, old: Tensor, kind: str, options: dict[str, Any]) -> Tensor:
+    """The penalty with the options of xloss, value and slope by hand.
+
+    k1: x, 1. abs: |x|, sign x. k2: x^2 / 2, x. k3: e^-x + x - 1, 1 - e^-x. x = lp - ref at most clamp_in, the value at
+    most clamp_out; the slope 0 beyond, unless straight through. Gradients: straight_through x; score_function: slope +
+    value; unbiased: r value, r (slope + value).
+    """
+    if not options:
+        return kl(lp, ref, kind)
+    x, kind = (lp - ref).detach(), KL_KIND[kind]
+    limits = [options.get(name, "auto") for name in ("kl_clamp_in", "kl_clamp_out")]
+    auto = (20.0, 10.0) if kind == "k3" else (math.inf, math.inf)
+    inner, outer = (math.inf if v is None else a if v == "auto" else v for v, a in zip(limits, auto, strict=True))
+    c = x.clamp(-inner, inner)
+    raw, slope = {
+        "k1": (c, torch.ones_like(c)),
+        "abs": (c.abs(), c.sign()),
+        "k2": (c**2 / 2, c),
+        "k3": ((-c).exp() + c - 1, 1 - (-c).exp()),
+    }[kind]
+    value = raw.clamp(-outer, outer)
+    if not options.get("kl_clamp_straight_through"):
+        slope = slope * ((x.abs() <= inner) & (raw.abs() <= outer))
+    grad = options.get("kl_loss_grad", "plain")
+    if grad == "straight_through":
+        slope = x
+    elif grad == "score_function":
+        slope = slope + value
+    elif grad == "unbiased":
+        r = (lp - old).detach().exp()
+        value, slope = r * value, r * (slope + value)
+    return with_slope(value, slope, lp)
 
 
 def num_tokens(batches: Sequence[Batch], ignore_index: int = -100) -> int:
@@ -133,7 +159,7 @@ def token_loss(stats: Stats, batch: Batch, objective: Objective, weights: Weight
     if objective.kl_type is None:
         return out
     assert batch.ref is not None
-    return out + kl(lp, at(batch.ref), objective.kl_type) * at(weights.kl)
+    return out + kl_term(lp, at(batch.ref), old, objective.kl_type, objective.kl_options) * at(weights.kl)
 
 
 def loss(

@@ -251,7 +251,12 @@ def test_dro_without_pull_is_reinforce(case: StepCase) -> None:
     _equal_steps(a, b, case)
 
 
-@given(case=step_cases(), name=st.sampled_from(("cispo", "importance_sampling", "vanilla")))
+@given(
+    case=step_cases(),
+    name=st.sampled_from(
+        ("cispo", "importance_sampling", "vanilla", "ppo", "tis", "topr", "sapo", "dppo_tv", "dppo_kl")
+    ),
+)
 def test_on_policy_gradients_are_reinforce(case: StepCase, name: str) -> None:
     """At ratio 1 all of them are the plain policy gradient (the losses themselves differ)."""
     for batch in case.batches:
@@ -276,8 +281,8 @@ def test_on_policy_without_old_is_with_current(case: StepCase) -> None:
 
 @given(case=step_cases(max_batches=1), policy=policies())
 def test_scaling_advantages_scales_a_policy_gradient(case: StepCase, policy: dict[str, Any]) -> None:
-    """All but dro are linear in the advantage's size."""
-    policy = {"loss_type": "reinforce"} if policy["loss_type"] == "dro" else policy
+    """All but dro and kimi are linear in the advantage's size."""
+    policy = {"loss_type": "reinforce"} if policy["loss_type"] in ("dro", "kimi") else policy
     once = _run(case, policy)
     case.batches[0].advantages = case.batches[0].advantages * 2.0  # exact in binary
     twice = _run(case, policy)

@@ -57,6 +57,7 @@ def test_soft_cross_entropy(run: dict[str, Any], dtype: torch.dtype, reduction: 
     want = gold(_soft(reduction, labels, targets, weights), hidden, weight)
     hidden[0, 7] = torch.nan
     weights[0, 7], weights[0, 8, 0] = torch.inf, torch.nan  # at an ignored token, at an ignored target
+    targets[0, 7] = V + 99  # no token of the vocabulary, but nobody asks for it
     item = SoftCELossContextInputItem(shifted_labels=labels, target_tokens=targets, target_weights=weights.to(dtype))
     cfg = SoftCELossConfig(loss_reduction=reduction, chunk_size=chunk_size, **run)
     assert_same(step(cfg, item, hidden, weight), want, dtype)

@@ -54,21 +54,29 @@ def test_forms(run: dict[str, Any], case: StepCase, form: dict[str, Any], z_loss
 
 @every_run
 @both_dtypes
-def test_class_weight_is_torchs(run: dict[str, Any], dtype: torch.dtype) -> None:
-    """Mean over the sum of class weights; the z-loss over tokens, as in Liger."""
+@pytest.mark.parametrize("weighted", [False, True], ids=["classes", "classes-and-tokens"])
+def test_class_weight_is_torchs(run: dict[str, Any], dtype: torch.dtype, weighted: bool) -> None:
+    """Mean over the sum of class weights (times token weights); the z-loss without them over tokens, as in Liger."""
     hidden, weight, labels = tensors(dtype)
     hidden[0, 3] = torch.nan
     classes = torch.rand(V, dtype=dtype) * 2
     classes[labels[0, 1]] = 0
+    token_weight = torch.rand(1, T, dtype=dtype) if weighted else torch.ones(1, T, dtype=dtype)
 
     def want(z: Tensor) -> Tensor:
-        mean = F.cross_entropy(z, labels[0], weight=classes.double())
         live = labels[0] != -100
-        return mean + 0.1 * z[live].logsumexp(1).square().mean()
+        w = token_weight[0, live].double()
+        per_token = F.cross_entropy(z, labels[0], weight=classes.double(), reduction="none")[live]
+        mean = (w * per_token).sum() / (w * classes[labels[0, live]]).sum()
+        return mean + 0.1 * (w * z[live].logsumexp(1).square()).sum() / w.sum()
 
     cfg = CELossConfig(z_loss_coef=0.1, chunk_size=5, **run)
-    item = CELossContextInputItem(shifted_labels=labels, class_weight=classes)
+    given_weight = token_weight.masked_fill(labels == -100, torch.nan) if weighted else None
+    item = CELossContextInputItem(shifted_labels=labels, class_weight=classes, token_weight=given_weight)
     assert_same(step(cfg, item, hidden, weight), gold(want, hidden, weight), dtype)
+    if not weighted:
+        mean = gold(lambda z: F.cross_entropy(z, labels[0], weight=classes.double()), hidden, weight)
+        assert_same(step(CELossConfig(**run), item, hidden, weight), mean, dtype)
 
 
 @every_run

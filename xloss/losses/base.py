@@ -232,8 +232,6 @@ class BaseLossContext(Generic[InputItem]):
 
     def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
         """Weighted value loss of each token, in the shape of the labels, to add to the loss; and its metrics."""
-        if values is not None:
-            raise OptionError(f"values is given, but {type(self).__name__} has no value loss; leave it out")
         return None
 
     def twin(self, loss_kwargs: Any) -> LossTwin | None:
@@ -262,11 +260,7 @@ class BaseLossContext(Generic[InputItem]):
 
     @outside_compile
     def forward(
-        self,
-        hidden_states: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None = None,
-        values: Tensor | None = None,
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
     ) -> tuple[Tensor, LossInfo]:
         """Loss of this micro-batch (its share of the global one) and what was seen on the way.
 
@@ -274,7 +268,6 @@ class BaseLossContext(Generic[InputItem]):
             hidden_states: ``[T, H]``, ``[1, T, H]`` or ``[B, S, H]``, leading shape of ``shifted_labels``.
             head_weight: ``[V, H]``.
             head_bias: ``[V]`` or ``None``.
-            values: of a critic, in the shape of ``shifted_labels``, with gradient; for losses with a value loss.
 
         Returns:
             The loss, 0-d float32 (float64 for float64), to minimise; and a ``LossInfo``, which unpacks as
@@ -283,7 +276,7 @@ class BaseLossContext(Generic[InputItem]):
         Raises:
             ShapeError, DtypeError, DeviceError, LabelError, MissingFieldError, UnsupportedError: before any work.
         """
-        return run.forward(self, hidden_states, head_weight, head_bias, values=values)
+        return run.forward(self, hidden_states, head_weight, head_bias)
 
     __call__ = forward
 

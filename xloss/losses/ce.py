@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -165,9 +166,8 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         vectors = {"weight": weight, "aux_weight": weight if z_weight is None else z_weight}
         if cfg.token_scaling == "dft":  # -sg(clip(exp(lp - 0), 0, 1)) lp: CISPO against old log-probs of 0
             vectors |= {"advantages": torch.ones_like(weight), "old_logprobs": torch.zeros_like(weight)}
-            return LossTwin(
-                "cispo", {"ratio_min": 0.0, "ratio_max": 1.0, "z_loss_coef": cfg.z_loss_coef}, None, vectors
-            )
+            clip = {"ratio_min": 0.0, "ratio_max": 1.0, "log_ratio_min": -math.inf, "log_ratio_max": math.inf}
+            return LossTwin("cispo", {**clip, "z_loss_coef": cfg.z_loss_coef}, vectors=vectors)
         numbers: dict[str, float | None] = {"label_smoothing": self._smoothing(), "z_loss_coef": cfg.z_loss_coef}
         return LossTwin("ce", numbers, vectors=vectors)
 

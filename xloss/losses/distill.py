@@ -213,7 +213,7 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
 
     def head_labels(self, loss_kwargs: Any) -> Tensor:
         labels: Tensor = loss_kwargs.shifted_labels
-        if self.loss_cfg.topk_mode is None:
+        if self.loss_cfg.topk_mode is None or loss_kwargs.teacher_topk_ids is None:
             return labels
         ignore, ids = self.loss_cfg.ignore_idx, loss_kwargs.teacher_topk_ids
         ids = ids.masked_fill((labels == ignore).unsqueeze(-1), ignore)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,18 +11,20 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from xloss.errors import UnsupportedError
+from xloss.errors import OptionError, UnsupportedError
 from xloss.head.backend import LossTwin
-from xloss.losses import calibration, correction, policy_tokens
+from xloss.head.outside_compile import outside_compile
+from xloss.losses import calibration, correction, policy_tokens, run
 from xloss.losses.base import BaseLossContext, TokenLoss, require
-from xloss.losses.grpo_batch import GRPOLossKwargs, RLLossContextInputItem
+from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem
+from xloss.losses.info import LossInfo
 from xloss.losses.kl import kl_of
 from xloss.losses.masked import MaskedLossConfig
 from xloss.losses.nonfinite import NonFinite
 from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
 from xloss.losses.policies.base import Coupling
 from xloss.losses.policies.metrics import policy_metrics
-from xloss.losses.reduction import Reduction, ReductionOptions, reduction_weights
+from xloss.losses.reduction import Reduction, ReductionOptions
 from xloss.losses.value import ValueLossConfig, weighted_value_loss
 from xloss.losses.xtuner_rollout import AnyRolloutCorrection
 from xloss.metrics import Metric
@@ -58,24 +61,17 @@ class GRPOLossConfig(MaskedLossConfig):
 
     @property
     def nll_coef(self) -> float:
-        """Factor of the mean negative log-likelihood of positive tokens."""
+        """Factor of the mean of ``-logprobs`` over positive tokens."""
         return self.positive_nll_coef
+
+    def policy_weights(self, counted: list[Any], weights: list[Tensor]) -> list[Tensor]:
+        """Weights of the policy term from those of ``loss_reduction``; ``counted`` has the labels that they count."""
+        return weights
 
     @model_validator(mode="after")
     def _corrects_once(self) -> GRPOLossConfig:
-        policy: PolicyLossConfig = self.policy_loss_cfg
-        if self.rollout_correction is None:
-            return self
-        if policy.folds_is_weights:
-            raise ValueError(
-                f"{type(policy).__name__} folds is_weights into its formula: give those, no rollout_correction"
-            )
-        itself = "rollout_logprobs" in policy.needs or policy.ratio_anchor() == "rollout"
-        if itself and self.rollout_correction.level is not None:
-            raise ValueError(
-                f"{type(policy).__name__} weighs by the sampler itself; the weights of rollout_correction would do it "
-                "twice: set its level to None, or leave it out"
-            )
+        if self.rollout_correction is not None:
+            self.rollout_correction.check_goes_with(self.policy_loss_cfg)
         return self
 
     @model_validator(mode="after")
@@ -93,11 +89,8 @@ class GRPOLossConfig(MaskedLossConfig):
             name, None, asked.count_empty_sequences and name.startswith("sample"), asked.grad_reduce
         )
 
-    def coupled_by(self, corrects_in_pass: bool = False) -> dict[Coupling, str]:
-        """What makes a token's loss depend on others, by how far it reaches; empty where each stands alone.
-
-        ``corrects_in_pass``: whether the rollout correction has no ``old_logprobs`` to form its weights from.
-        """
+    def coupled_by(self) -> dict[Coupling, str]:
+        """What makes a token's loss depend on others, by how far it reaches; empty where each stands alone."""
         policy: PolicyLossConfig = self.policy_loss_cfg
         reach, name = policy.couples(), type(policy).__name__
         found = self.masks_couple()
@@ -109,8 +102,6 @@ class GRPOLossConfig(MaskedLossConfig):
             found["batch"] = f"{name} couples the tokens of the micro-batch"
         if self.use_kl_loss and self.kl_ratio_level == "sequence":
             found.setdefault("sequence", "kl_ratio_level='sequence' takes the ratio of the sequence")
-        if corrects_in_pass and self.rollout_correction is not None and self.rollout_correction.needs_sequences:
-            found.setdefault("sequence", "rollout_correction weighs or rejects whole sequences")
         return found
 
     @property
@@ -132,18 +123,23 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     loss_kwargs: GRPOLossKwargs
 
     def is_token_local(self) -> bool:
-        return not self._coupled_by()
+        return not self.coupled_by()
+
+    def coupled_by(self) -> dict[Coupling, str]:
+        """What makes a token's loss depend on others, with the reason in words; empty where each stands alone."""
+        found = self.loss_cfg.coupled_by()
+        correction = self.loss_cfg.rollout_correction
+        if correction is not None and correction.needs_sequences and self._corrects_in_pass:
+            found.setdefault("sequence", "rollout_correction weighs or rejects whole sequences")
+        return found
 
     def why_coupled(self) -> str:
-        return "; ".join(self._coupled_by().values())
+        return "; ".join(self.coupled_by().values())
 
     @property
     def _corrects_in_pass(self) -> bool:
         """Whether the weights of the rollout correction wait for the current log-probs, which stand for the old."""
         return self.loss_cfg.rollout_correction is not None and self.loss_kwargs.old_logprobs is None
-
-    def _coupled_by(self) -> dict[Coupling, str]:
-        return self.loss_cfg.coupled_by(self._corrects_in_pass)
 
     @classmethod
     def calibrate(
@@ -158,7 +154,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         if loss_cfg.use_kl_loss:
             for kwargs in kwargs_list:
                 require(kwargs, "ref_logprobs", _NEED_REF)
-        coupled = loss_cfg.coupled_by(policy_tokens.corrects_in_pass(kwargs_list, loss_cfg))
+        coupled = loss_cfg.coupled_by()
         if coupled and sp_mesh is not None and sp_mesh.size() > 1:
             raise UnsupportedError(
                 f"{'; '.join(coupled.values())}, but sp_mesh cuts sequences into parts; use a loss of each token, or "
@@ -167,32 +163,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
         if "group" in coupled:
             calibration.check_whole_groups(kwargs_list, loss_cfg.ignore_idx)
-        counted = policy_tokens.settle_tokens(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh)
-        ignore, options, entropy_options = (
-            loss_cfg.ignore_idx,
-            loss_cfg.reduction_options(),
-            loss_cfg.entropy_reduction_options(),
-        )
-        weights = entropy_weights = reduction_weights(counted, ignore, options, cu_seq_lens_list, sp_mesh)
-        if loss_cfg.entropy_coef and entropy_options != options:
-            entropy_weights = reduction_weights(counted, ignore, entropy_options, cu_seq_lens_list, sp_mesh)
-        num_tokens = calibration.global_sum([kwargs.shifted_labels != ignore for kwargs in counted])
-        of_policy = cls.policy_weights(counted, weights, loss_cfg)
-        folded = loss_cfg.policy_loss_cfg.folds_is_weights
-        for kwargs, *whole in zip(kwargs_list, weights, entropy_weights, of_policy, strict=True):
-            weight, entropy_weight, policy = (policy_tokens.taking_part(kwargs, w) for w in whole)
-            kwargs.policy_loss_weight = policy if folded else policy_tokens.corrected(kwargs, policy)
-            kwargs.kl_loss_weight = weight * loss_cfg.kl_loss_coef if loss_cfg.use_kl_loss else None
-            kwargs.entropy_loss_weight = entropy_weight * loss_cfg.entropy_coef if loss_cfg.entropy_coef else None
-            kwargs.value_loss_weight = None if loss_cfg.value_loss is None else weight * loss_cfg.value_loss_coef
-            kwargs.global_grad_tokens = num_tokens
-        if loss_cfg.nll_coef:
-            policy_tokens.weigh_positive_nll(kwargs_list, counted, loss_cfg)
-
-    @classmethod
-    def policy_weights(cls, counted: list[Any], weights: list[Tensor], loss_cfg: Any) -> list[Tensor]:
-        """Weights of the policy term from those of ``loss_reduction``; ``counted`` has the labels that they count."""
-        return weights
+        policy_tokens.weigh_tokens(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh)
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "policy_loss_weight", _CALL_BUILD)
@@ -213,7 +184,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         for name in policy.needs:
             field = "group_ids" if name == "groups" else name
             require(self.loss_kwargs, field, f"{type(policy).__name__} cannot do without it")
-        coupled = self._coupled_by()
+        coupled = self.coupled_by()
         if coupled and self.loss_kwargs.cut:
             raise UnsupportedError(f"{self.why_coupled()}: kwargs that chunk() cut hold parts of them; cat() first")
         labels = self.loss_kwargs.shifted_labels
@@ -221,15 +192,35 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             why = f"{self.why_coupled()}: cu_seq_lens_list tells which, [0, {labels.numel()}] if it is one"
             require(self.loss_kwargs, "cu_seq_lens", why)
 
+    @outside_compile
+    def forward(
+        self,
+        hidden_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None = None,
+        *,
+        values: Tensor | None = None,
+    ) -> tuple[Tensor, LossInfo]:
+        """As every context; with a value loss also ``values`` of a critic, in the shape of ``shifted_labels``.
+
+        Raises:
+            OptionError: ``values`` without ``value_loss`` in the config.
+        """
+        return run.forward(self, hidden_states, head_weight, head_bias, values=values)
+
+    __call__ = forward
+
     def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
         cfg, kwargs = self.loss_cfg, self.loss_kwargs
         if cfg.value_loss is None:
-            return super().value_losses(values)
+            if values is not None:
+                raise OptionError("values is given, but the config has no value_loss; set it or leave values out")
+            return None
         weight = require(kwargs, "value_loss_weight", _CALL_BUILD)
         require(kwargs, "returns", "value_loss regresses the critic's values on it")
         if cfg.value_loss.value_clip is not None:
             require(kwargs, "old_values", f"value_clip={cfg.value_loss.value_clip} needs it")
-        return weighted_value_loss(cfg.value_loss, values, kwargs, weight, cfg.ignore_idx)
+        return weighted_value_loss(cfg.value_loss, values, kwargs.narrowed(cfg.ignore_idx), weight, cfg.ignore_idx)
 
     def stats_needed(self) -> StatSpec:
         cfg = self.loss_cfg
@@ -279,13 +270,18 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         numbers |= cfg.kl_numbers()
         return LossTwin(loss, numbers, KL_ESTIMATOR[cfg.kl_loss_type], cfg.kl_loss_grad, vectors)
 
+    def _old(self, kw: Any) -> Tensor | None:
+        """The old policy's log-probs; ``None``: the current ones. A correction keeps the sampler's for itself."""
+        correction = self.loss_cfg.rollout_correction
+        bypass = correction is None or correction.bypass
+        old: Tensor | None = kw.rollout_logprobs if kw.old_logprobs is None and bypass else kw.old_logprobs
+        return old
+
     def _anchor(self, kw: Any) -> Tensor | None:
         """Log-probs that the ratio is taken against; ``None`` is on-policy."""
-        found = self.loss_cfg.rollout_correction
-        bypass = kw.old_logprobs is None and (found is None or found.bypass)  # else a correction keeps them for itself
-        from_rollout = bypass or self.loss_cfg.policy_loss_cfg.ratio_anchor() == "rollout"
-        old: Tensor | None = kw.rollout_logprobs if from_rollout else kw.old_logprobs
-        return old
+        from_rollout = self.loss_cfg.policy_loss_cfg.ratio_anchor() == "rollout"
+        found: Tensor | None = kw.rollout_logprobs if from_rollout else self._old(kw)
+        return found
 
     def policy_batch(self, stats: TokenStats, kw: Any) -> PolicyBatch:
         """What the policy loss sees of these statistics and kwargs."""
@@ -301,7 +297,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             advantages=kw.advantages,
             rollout_logprobs=kw.rollout_logprobs,
             ref_logprobs=kw.ref_logprobs,
-            is_weights=kw.is_weights if self.loss_cfg.policy_loss_cfg.folds_is_weights else None,
+            is_weights=kw.sample_weights() if self.loss_cfg.policy_loss_cfg.folds_is_weights else None,
             entropy=stats.entropy,
             sequences=sequences,
             groups=kw.group_ids,
@@ -312,23 +308,30 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         batch = self.policy_batch(stats, kw)
         valid = None if batch.sequences is None else batch.sequences.valid
         policy: PolicyLossConfig = cfg.policy_loss_cfg
+        weight = kw.policy_loss_weight
+        figures: dict[str, Metric] = {}
+        if cfg.rollout_correction is not None and self._corrects_in_pass:
+            correcting, figures = correction.correct_in_pass(cfg.rollout_correction, batch)
+            if policy.folds_is_weights:
+                given = batch.is_weights
+                batch = replace(batch, is_weights=correcting if given is None else given * correcting)
+            else:
+                weight = weight * correcting
         leveled = batch.at(policy.level())
         loss = policy.per_token(leveled)
         masks = cfg.policy_masks(batch)
         for mask in (*masks.values(), valid):
             if mask is not None:
                 loss = loss.masked_fill(~mask, 0)
-        loss = loss * kw.policy_loss_weight
+        loss = loss * weight
         metrics = policy_metrics(batch, leveled, policy.ratio_bounds()) | policy.metrics(leveled)
         metrics |= {f"{name}_masked_frac": Metric.mean((~mask).to(loss.dtype), valid) for name, mask in masks.items()}
-        if cfg.rollout_correction is not None and self._corrects_in_pass:
-            weights, figures = correction.correct_in_pass(cfg.rollout_correction, batch)
-            loss = loss * weights
-            metrics |= figures
+        metrics |= figures
         if kw.nll_loss_weight is not None:
             loss = loss - batch.logprobs * kw.nll_loss_weight
         if cfg.use_kl_loss:
-            kl = kl_of(cfg, batch, kw)
+            sampled = kw.rollout_logprobs if cfg.kl_ratio_anchor == "rollout" else self._old(kw)
+            kl = kl_of(cfg, batch, sampled)
             loss = loss + kl * kw.kl_loss_weight
             metrics["ref_kl"] = Metric.mean(kl, valid)
         if stats.entropy is not None:

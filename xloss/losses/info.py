@@ -20,7 +20,7 @@ class LossInfo:
     ``mode="eager"`` and ``plan="two_pass"``.
 
     - ``loss``: the loss, detached, 0-d
-    - ``logprobs``, ``lse``: nats
+    - ``logprobs``, ``lse``: nats; a loss of K labels a token has ``logprobs [.., K]``
     - ``entropy``: nats, or ``None`` where nobody asked for it
     - ``token_loss``: weighted loss of each token, detached, or ``None`` where the loss is not a sum over tokens
     - ``metrics``: sums and counts, to be merged over micro-batches with ``merge_metrics``

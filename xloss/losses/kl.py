@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -13,7 +13,7 @@ from xloss.losses.reduced import ReducedLossConfig
 from xloss.policy.batch import PolicyBatch
 from xloss.policy.kl import KLGrad, KLType, kl_limits, kl_penalty
 
-Limit = Annotated[float, Field(gt=0)] | Literal["auto"] | None
+Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] | None
 
 
 class KLPenaltyConfig(ReducedLossConfig):
@@ -71,20 +71,21 @@ class KLPenaltyConfig(ReducedLossConfig):
         return {"kl_clamp_in": inner, "kl_clamp_out": outer}
 
 
-def kl_of(cfg: KLPenaltyConfig, batch: PolicyBatch, loss_kwargs: Any) -> Tensor:
-    """The penalty of each token ``[T]``, before its coefficient."""
-    assert cfg.kl_loss_type is not None
+def kl_of(cfg: KLPenaltyConfig, batch: PolicyBatch, sampled: Tensor | None) -> Tensor:
+    """The penalty of each token ``[T]``, before its coefficient.
+
+    ``sampled``: log-probs of the policy whose samples ``unbiased`` corrects for; ``None``: the current one's.
+    """
+    assert cfg.kl_loss_type is not None and batch.ref_logprobs is not None
     log_ratio = None
     if cfg.kl_loss_grad == "unbiased":
-        from_rollout = cfg.kl_ratio_anchor == "rollout" or loss_kwargs.old_logprobs is None
-        sampled = loss_kwargs.rollout_logprobs if from_rollout else loss_kwargs.old_logprobs
         log_ratio = batch.logprobs - (batch.logprobs.detach() if sampled is None else sampled)
         if cfg.kl_ratio_level == "sequence":
             assert batch.sequences is not None
             log_ratio = batch.sequences.spread(batch.sequences.mean(log_ratio))
     return kl_penalty(
         batch.logprobs,
-        loss_kwargs.ref_logprobs,
+        batch.ref_logprobs,
         cfg.kl_loss_type,
         grad=cfg.kl_loss_grad,
         log_ratio=log_ratio,

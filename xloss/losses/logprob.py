@@ -38,14 +38,10 @@ class LogProbContext(BaseLossContext[BaseLossContextInputItem]):
         return stats.logprobs.sum()
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None = None,
-        values: Tensor | None = None,
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
     ) -> tuple[Tensor, LossInfo]:
         """Log-probs ``[.., T]``, nats, float32 (float64 for float64); and the ``LossInfo``."""
-        _, info = super().forward(hidden_states, head_weight, head_bias, values)
+        _, info = super().forward(hidden_states, head_weight, head_bias)
         assert info.logprobs is not None
         return info.logprobs, info
 

@@ -134,7 +134,13 @@ class BaseLossKwargs(TokenBatch):
 
     cu_seq_lens: Annotated[Tensor | None, PerBatch()] = None
     _rows: tuple[object, list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
+    _cut: bool = PrivateAttr(default=False)
     _metrics: dict[str, Metric] = PrivateAttr(default_factory=dict)
+
+    @property
+    def cut(self) -> bool:
+        """Whether this is a piece made by ``chunk``, in which sequences may stand in part."""
+        return self._cut
 
     @property
     def built_metrics(self) -> dict[str, Metric]:
@@ -144,13 +150,6 @@ class BaseLossKwargs(TokenBatch):
     def keep_metrics(self, metrics: dict[str, Metric]) -> None:
         """Report these with this batch."""
         self._metrics = metrics
-
-    _cut: bool = PrivateAttr(default=False)
-
-    @property
-    def cut(self) -> bool:
-        """Whether this is a piece made by ``chunk``, in which sequences may stand in part."""
-        return self._cut
 
     def remember_rows(self, rows: LiveRows, config: object) -> None:
         """Keep live rows counted for these tensors and ``config``; a tensor replaced or written to ends that."""

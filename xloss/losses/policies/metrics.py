@@ -18,6 +18,7 @@ def policy_metrics(batch: PolicyBatch, leveled: PolicyBatch, bounds: tuple[float
     or ``A > 0`` and ``r`` above (TRL). ``ratio_low_frac`` and ``ratio_high_frac`` count every ratio out of bounds
     (XTuner).
     ``approx_kl_k1 = -log r`` and ``approx_kl_k3 = r - log r - 1`` of each token alone estimate KL(old || current).
+    Above the token, ``seq_`` ones are means over sequences of their tokens' mean.
     """
     log_ratio, advantages = leveled.log_ratio.detach(), batch.advantages
     valid = None if batch.sequences is None else batch.sequences.valid
@@ -34,6 +35,7 @@ def policy_metrics(batch: PolicyBatch, leveled: PolicyBatch, bounds: tuple[float
         "approx_kl_k1": Metric.mean(-each, valid),
         "approx_kl_k3": Metric.mean(torch.expm1(each_safe) - each_safe, valid),
     }
+    by_sequence = {"seq_ratio_mean": ratio}
     if bounds is not None:
         below, above = ratio < bounds[0], ratio > bounds[1]
         fractions = {
@@ -43,6 +45,10 @@ def policy_metrics(batch: PolicyBatch, leveled: PolicyBatch, bounds: tuple[float
             "ratio_high_frac": above,
         }
         metrics |= {name: Metric.mean(mask.to(ratio.dtype), valid) for name, mask in fractions.items()}
+        by_sequence |= {f"seq_{name}": fractions[name].to(ratio.dtype) for name in ("clip_frac_low", "clip_frac_high")}
+    if leveled is not batch and batch.sequences is not None:
+        there = batch.sequences.lengths(ratio) > 0
+        metrics |= {name: Metric.mean(batch.sequences.mean(x), there) for name, x in by_sequence.items()}
     return metrics
 
 

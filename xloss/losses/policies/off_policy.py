@@ -25,8 +25,8 @@ class RolloutISConfig(ClippedRatioConfig):
         "clip_high_threshold": 1.2,
     }
     anchor: Anchor = "rollout"
-    cliprange_low: float | None = Field(default=0.2, ge=0)
-    cliprange_high: float | None = Field(default=0.2, ge=0)
+    cliprange_low: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
+    cliprange_high: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
         return surrogate.rollout_is(

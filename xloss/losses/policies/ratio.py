@@ -17,7 +17,7 @@ class RatioPolicyConfig(PolicyLossConfig):
     """A loss on ``r = exp(logprobs - anchor)``, the log-ratio clamped to ``+-log_ratio_clamp``."""
 
     anchor: Anchor = "old"
-    log_ratio_clamp: float | None = Field(default=20.0, gt=0)
+    log_ratio_clamp: float | None = Field(default=20.0, gt=0, allow_inf_nan=False)
 
     def ratio_anchor(self) -> Anchor:
         return self.anchor
@@ -60,10 +60,10 @@ class ClippedRatioConfig(LeveledRatioConfig):
     default_bounds: ClassVar[dict[str, float]]
     """The default of every one of the four fields, were it in use."""
 
-    cliprange_low: float | None = Field(default=None, ge=0)
-    cliprange_high: float | None = Field(default=None, ge=0)
-    clip_low_threshold: float | None = Field(default=None, ge=0)
-    clip_high_threshold: float | None = Field(default=None, gt=0)
+    cliprange_low: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    cliprange_high: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    clip_low_threshold: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    clip_high_threshold: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -84,9 +84,9 @@ class ClippedRatioConfig(LeveledRatioConfig):
 
     @model_validator(mode="after")
     def _ordered(self) -> ClippedRatioConfig:
-        low, high = self.ratio_bounds()
-        if low > high:
-            raise ValueError(f"the lower bound of the ratio, {low}, is above the upper one, {high}")
+        low, high = self.clip_low_threshold, self.clip_high_threshold
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"clip_low_threshold={low} is above clip_high_threshold={high}")
         return self
 
     def ratio_bounds(self) -> tuple[float, float]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from xloss.losses.policies.base import PolicyLossConfig, Twin, register_policy_loss
@@ -49,8 +49,14 @@ class VanillaConfig(PolicyLossConfig):
 class PPOClipConfig(ClippedRatioConfig):
     """What losses with PPO's clip share; above the token they stand in ``sequence_ratio``."""
 
-    dual_clip_c: float | None = Field(default=None, gt=1)
-    delta: float | None = Field(default=None, gt=1)
+    dual_clip_c: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+    delta: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _delta_is_outside(self) -> Self:
+        if self.delta is not None and self.delta < self.ratio_bounds()[1]:
+            raise ValueError(f"delta={self.delta} is below the upper bound of the ratio, {self.ratio_bounds()[1]}")
+        return self
 
     def log_ratio_limits(self) -> tuple[float | None, float | None]:
         """Lower and upper clamp of the log-ratio."""
@@ -90,8 +96,8 @@ class PPOConfig(PPOClipConfig):
 
     loss_type: Literal["ppo"] = "ppo"
     default_bounds: ClassVar[dict[str, float]] = offset_bounds(0.2, 0.2)
-    cliprange_low: float | None = Field(default=0.2, ge=0)
-    cliprange_high: float | None = Field(default=0.2, ge=0)
+    cliprange_low: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
+    cliprange_high: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
         return self.clipped(batch)
@@ -120,8 +126,8 @@ class CISPOConfig(ClippedRatioConfig):
         "clip_low_threshold": 0.0,
         "clip_high_threshold": 5.0,
     }
-    clip_low_threshold: float | None = Field(default=0.0, ge=0)
-    clip_high_threshold: float | None = Field(default=5.0, gt=0)
+    clip_low_threshold: float | None = Field(default=0.0, ge=0, allow_inf_nan=False)
+    clip_high_threshold: float | None = Field(default=5.0, gt=0, allow_inf_nan=False)
     unified_mask: bool = False
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
@@ -139,25 +145,27 @@ class CISPOConfig(ClippedRatioConfig):
 
 
 @register_policy_loss
-class TISConfig(LeveledRatioConfig):
+class TISConfig(ClippedRatioConfig):
     """Truncated importance sampling as a policy gradient: CISPO between 0 and 1."""
 
     loss_type: Literal["tis"] = "tis"
-    clip_low_threshold: float = Field(default=0.0, ge=0)
-    clip_high_threshold: float = Field(default=1.0, gt=0)
+    default_bounds: ClassVar[dict[str, float]] = {
+        "cliprange_low": 1.0,
+        "cliprange_high": 0.0,
+        "clip_low_threshold": 0.0,
+        "clip_high_threshold": 1.0,
+    }
+    clip_low_threshold: float | None = Field(default=0.0, ge=0, allow_inf_nan=False)
+    clip_high_threshold: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
         return surrogate.cispo(
             batch.logprobs,
             batch.old_logprobs,
             batch.advantages,
-            clip_low_threshold=self.clip_low_threshold,
-            clip_high_threshold=self.clip_high_threshold,
+            **self.thresholds(),
             log_ratio_clamp=self.log_ratio_clamp,
         )
-
-    def ratio_bounds(self) -> tuple[float, float]:
-        return self.clip_low_threshold, self.clip_high_threshold
 
     def twin(self) -> Twin:
         return _cispo_twin(*self.ratio_bounds(), self.log_ratio_clamp)
@@ -168,7 +176,7 @@ class ImportanceSamplingConfig(LeveledRatioConfig):
     """Unclipped importance-weighted policy gradient."""
 
     loss_type: Literal["importance_sampling"] = "importance_sampling"
-    log_ratio_clamp: float | None = Field(default=None, gt=0)
+    log_ratio_clamp: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
         return surrogate.importance_sampling(
@@ -185,7 +193,7 @@ class DROConfig(PolicyLossConfig):
     """Direct reward optimisation: a quadratic pull towards the old policy instead of a clip."""
 
     loss_type: Literal["dro"] = "dro"
-    beta: float = Field(default=0.05, ge=0)
+    beta: float = Field(default=0.05, ge=0, allow_inf_nan=False)
     zero_at_zero_advantage: ClassVar[bool] = False
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
@@ -200,7 +208,7 @@ class KimiConfig(PolicyLossConfig):
     """Kimi k1.5's mirror descent, k2 to the old policy: the formula of ``dro`` under its own name and default."""
 
     loss_type: Literal["kimi"] = "kimi"
-    tau: float = Field(default=0.1, ge=0)
+    tau: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     zero_at_zero_advantage: ClassVar[bool] = False
 
     def per_token(self, batch: PolicyBatch) -> Tensor:

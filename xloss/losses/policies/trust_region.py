@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -18,9 +19,7 @@ from xloss.policy.batch import PolicyBatch
 class _MaskedConfig(RatioPolicyConfig):
     """A policy gradient on kept tokens, and a quadratic pull on all."""
 
-    delta_low: float = Field(default=0.2, ge=0)
-    delta_high: float = Field(default=0.2, ge=0)
-    ratio_cap: float | None = Field(default=20.0, gt=0)
+    ratio_cap: float | None = Field(default=20.0, gt=0, allow_inf_nan=False)
     kl_tau: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     def keep(self, batch: PolicyBatch) -> Tensor:
@@ -60,6 +59,8 @@ class DPPOTVConfig(_MaskedConfig):
     """DPPO by total variation, ``|p - q|`` of the sampled token. ``one_sided=False`` is prime-rl's ``ipo``."""
 
     loss_type: Literal["dppo_tv"] = "dppo_tv"
+    delta_low: float = Field(default=0.2, ge=0, allow_inf_nan=False)
+    delta_high: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     one_sided: bool = True
 
     def keep(self, batch: PolicyBatch) -> Tensor:
@@ -78,6 +79,8 @@ class DPPOKLConfig(_MaskedConfig):
     """DPPO by the KL divergence of the sampled token against all others."""
 
     loss_type: Literal["dppo_kl"] = "dppo_kl"
+    delta_low: float = Field(default=0.2, ge=0, allow_inf_nan=False)
+    delta_high: float = Field(default=0.2, ge=0, allow_inf_nan=False)
 
     def keep(self, batch: PolicyBatch) -> Tensor:
         return trust_region.kl_keep(
@@ -95,10 +98,10 @@ class RefKLConfig(_MaskedConfig):
 
     loss_type: Literal["ref_kl"] = "ref_kl"
     needs: ClassVar[tuple[str, ...]] = ("ref_logprobs",)
-    delta_high: float = Field(default=float("inf"), ge=0)
-    ratio_cap: float | None = Field(default=None, gt=0)
+    delta_low: float = Field(default=0.2, ge=0, allow_inf_nan=False)
+    ratio_cap: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     kl_tau: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
-    log_ratio_clamp: float | None = Field(default=None, gt=0)
+    log_ratio_clamp: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     def gains(self, batch: PolicyBatch) -> Tensor:
         assert batch.ref_logprobs is not None
@@ -110,7 +113,7 @@ class RefKLConfig(_MaskedConfig):
             batch.old_logprobs,
             self.gains(batch),
             delta_low=self.delta_low,
-            delta_high=self.delta_high,
+            delta_high=math.inf,
             one_sided=False,
         )
 
