@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from xloss.errors import MissingFieldError, OptionError, UnsupportedError
+from xloss.errors import MissingFieldError, OptionError
 from xloss.losses import calibration
 from xloss.losses.correction import correct_batches, correction_metrics
 from xloss.losses.nonfinite import finite_tokens, nonfinite_metrics
@@ -67,7 +67,7 @@ def settle_tokens(
     if cfg.nonfinite == "drop":
         metrics = [nonfinite_metrics(f, v) for f, v in zip(finite, labelled, strict=True)]
     weights: list[Tensor | None] = [None for _ in kwargs_list]
-    if correction is not None and not corrects_in_pass(kwargs_list, cfg, sp_mesh):
+    if correction is not None and not corrects_in_pass(kwargs_list, cfg):
         found = correct_batches(kwargs_list, finite, correction, cu_seq_lens_list, sp_mesh)
         weights = [c.weight for c in found]
         metrics = [m | correction_metrics(c, correction) for m, c in zip(metrics, found, strict=True)]
@@ -84,7 +84,7 @@ def settle_tokens(
     return out
 
 
-def corrects_in_pass(kwargs_list: Sequence[Any], cfg: GRPOLossConfig, sp_mesh: DeviceMesh | None) -> bool:
+def corrects_in_pass(kwargs_list: Sequence[Any], cfg: GRPOLossConfig) -> bool:
     """Whether the correction waits for the current log-probs: there are no ``old_logprobs``. Raises where it cannot."""
     correction = cfg.rollout_correction
     if correction is None:
@@ -102,11 +102,6 @@ def corrects_in_pass(kwargs_list: Sequence[Any], cfg: GRPOLossConfig, sp_mesh: D
                 f"rollout_correction.{name} needs the weights of the whole step where its batches are built, so it "
                 "needs old_logprobs; on-policy weights are known in the pass only"
             )
-    if all(missing) and correction.needs_sequences and sp_mesh is not None and sp_mesh.size() > 1:
-        raise UnsupportedError(
-            "a rollout_correction of whole sequences without old_logprobs cannot run on parts of sequences, which "
-            "sp_mesh makes: give old_logprobs"
-        )
     return all(missing)
 
 
