@@ -41,6 +41,9 @@ SPECS = {
     "cispo": PolicySpec("cispo", ratio_min=0.5, ratio_max=1.5, kl="k2"),
     "ppo": PolicySpec("ppo", dual_clip=3.0, kl="k3", entropy_coef=0.1, z_loss_coef=1e-3),
     "plain ppo": PolicySpec("ppo", kl="k1"),
+    "ppo, bounded": PolicySpec("ppo", delta=4.0, kl="k3", kl_grad="straight_through", kl_clamp_in=20, kl_clamp_out=10),
+    "cispo, unbiased": PolicySpec("cispo", ratio_min=0.5, ratio_max=1.5, kl="k2", kl_grad="unbiased"),
+    "score function": PolicySpec("importance_sampling", kl="k1", kl_grad="score_function"),
 }
 
 

@@ -17,6 +17,7 @@ from tests.gpu.lane import (
     DEVICE,
     DTYPES,
     INTERPRETED,
+    MODES,
     PeakBytes,
     Shape,
     each_dtype,
@@ -33,12 +34,21 @@ PLANS = {
     "one-pass": {"plan": "one_pass", "chunk_size": 16},
     "two-pass": {"plan": "two_pass", "chunk_size": 16},
     "two-pass-recompute": {"plan": "two_pass", "chunk_size": 16, "logits_budget": 1},
+    "no-logits": {"plan": "auto", "chunk_size": 16, "logits_budget": 0},
 }
 LOSS_NAMES = list(LOSSES)
 if INTERPRETED:  # the harder half, to be quick
     PLANS = {name: run for name, run in PLANS.items() if name != "two-pass"}
     LOSS_NAMES = ["vanilla-k3-entropy", "own-sequence-loss"]
-each_plan = pytest.mark.parametrize("run", PLANS.values(), ids=PLANS)
+each_run = pytest.mark.parametrize(
+    "mode,run",
+    [
+        pytest.param(mode, run, id=f"{mode}-{name}")
+        for mode in MODES
+        for name, run in PLANS.items()
+        if mode == "fused" or name != "no-logits"  # no other mode has kernels that write none
+    ],
+)
 each_loss = pytest.mark.parametrize("loss", LOSS_NAMES)
 
 
@@ -57,8 +67,7 @@ def grads_of(context: Any, leaves: list[Tensor], upstream: Tensor) -> list[Tenso
 # ---------------------------------------------------------------- syncs and bits
 
 
-@each_mode
-@each_plan
+@each_run
 @each_loss
 def test_a_step_waits_for_nothing(loss: str, run: dict[str, Any], mode: str) -> None:
     """Forward and backward of a batch that was built before; the first step compiles kernels, the second is watched."""
@@ -87,8 +96,7 @@ def test_logprobs_wait_for_nothing(mode: str) -> None:
 
 
 @each_dtype
-@each_mode
-@each_plan
+@each_run
 @each_loss
 def test_the_same_bits_every_time(loss: str, run: dict[str, Any], mode: str, dtype: torch.dtype) -> None:
     case, given = LOSSES[loss], make_inputs(dtype)

@@ -29,17 +29,21 @@ def smallest(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", policy_losses())
 @pytest.mark.parametrize("mode", ["eager", "chunk"])
 def test_ignored_tokens_change_nothing(name: str, mode: str) -> None:
-    correction = None if "rollout_logprobs" in policy_losses()[name].needs else SEQUENCES
-    cfg = GRPOLossConfig(
-        policy_loss_cfg=smallest(name), rollout_correction=correction, mode=mode, chunk_size=4, **ALL_TERMS
-    )
+    policy = policy_losses()[name](**smallest(name))
+    correction: dict[str, Any] = SEQUENCES
+    if policy.folds_is_weights:  # and cannot reject
+        correction = {"level": "sequence", "high": 1.5}
+    elif "rollout_logprobs" in policy.needs or policy.ratio_anchor() == "rollout":  # weighs by the sampler itself
+        correction = {"level": None, "veto_low": 0.2}
+    cfg = GRPOLossConfig(policy_loss_cfg=policy, rollout_correction=correction, mode=mode, chunk_size=4, **ALL_TERMS)
     clean, dirty = problem(0, poison=False), problem(0)
     groups = {"group_ids": None}
     if "groups" in policy_losses()[name].needs:
         groups = {}
         for case in (clean, dirty):
-            for f, y in zip(case.fields, case.labels, strict=True):
-                f["group_ids"] = (torch.arange(y.shape[1])[None] // 4).to(torch.int64)
+            for b, (f, bounds) in enumerate(zip(case.fields, case.cu_seq_lens, strict=True)):
+                f["group_ids"] = torch.full_like(case.labels[b], b)
+                f["group_ids"][0, int(bounds[-2]) :] += 2
     for h, y in zip(dirty.hidden, dirty.labels, strict=True):
         h[y == -100] = torch.nan
     want, got = step(clean, cfg, **groups), step(dirty, cfg, **groups)

@@ -7,7 +7,7 @@ no cast. ``head_stats`` and ``strip_dlogits`` need no logits: they start from hi
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowSt
         rows.labels,
         _transform(rows, options),
         ignore_index=options.ignore_index,
-        **asdict(options.stats),
+        **_wanted(options),
     )
     return RowState(rows, TokenStats(**found._asdict()))
 
@@ -83,7 +83,7 @@ def loss_rows(
 
 def head_stats(rows: TokenRows, options: HeadOptions) -> TokenStats:
     """Partial statistics of vocabulary splits in registers, merged in a fixed order."""
-    want = asdict(options.stats)
+    want = _wanted(options)
     partials, label_logits = head_forward(rows.hidden, rows.weight, rows.labels, _transform(rows, options), **want)
     found = finalize(
         partials, label_logits, rows.labels, rows.weight.shape[0], ignore_index=options.ignore_index, **want
@@ -116,6 +116,11 @@ def scale(grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool)
     if in_place and grad.dtype == dtype:
         return scale_(grad, upstream)
     return cast_scale(grad, dtype, upstream)
+
+
+def _wanted(options: HeadOptions) -> dict[str, Any]:
+    """The statistics this call wants of the kernels; a divergence is not among theirs, and is refused before."""
+    return {name: getattr(options.stats, name) for name in ("entropy", "mean_logit", "sum_p2", "top1")}
 
 
 def _known(stats: TokenStats, adjoints: Adjoints) -> dict[str, Any]:

@@ -64,3 +64,9 @@ class GRPOLossKwargs(_PolicyFields, BaseLossKwargs):
     def taking_part(self, weight: Tensor) -> Tensor:
         """``weight``, 0 at tokens outside ``loss_mask``."""
         return weight if self.loss_mask is None else weight.masked_fill(~self.loss_mask, 0)
+
+    def narrowed(self, ignore_idx: int) -> GRPOLossKwargs:
+        """The same with labels outside ``loss_mask`` ignored."""
+        if self.loss_mask is None:
+            return self
+        return self.replaced({"shifted_labels": self.shifted_labels.masked_fill(~self.loss_mask, ignore_idx)})

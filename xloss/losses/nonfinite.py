@@ -28,6 +28,8 @@ def finite_tokens(kwargs_list: Sequence[TokenBatch], ignore_idx: int, rule: NonF
             if mark.weight or name == "temperature" or not value.dtype.is_floating_point:
                 continue
             finite = torch.isfinite(value)
+            if mark.trailing:
+                finite = finite.all(-1)
             if rule == "raise":
                 _refuse(name, value, finite, valid, number)
             valid = valid & finite
@@ -43,10 +45,11 @@ def nonfinite_metrics(finite: Tensor, labelled: Tensor) -> dict[str, Metric]:
 
 def _refuse(name: str, value: Tensor, finite: Tensor, valid: Tensor, number: int) -> None:
     bad = value[valid & ~finite]
-    if bad.numel():
-        nans = int(bad.isnan().sum())
+    count = bad.shape[0]
+    if count:
+        nans = int(bad.isnan().reshape(count, -1).any(1).sum())
         raise NonFiniteError(
-            f"{name} of micro-batch {number} is not finite at {bad.numel()} of its {int(valid.sum())} tokens of the "
-            f"loss ({nans} NaN, {bad.numel() - nans} inf); give finite values, ignore those tokens' labels, or choose "
+            f"{name} of micro-batch {number} is not finite at {count} of its {int(valid.sum())} tokens of the "
+            f"loss ({nans} NaN, {count - nans} inf); give finite values, ignore those tokens' labels, or choose "
             "nonfinite='drop', which leaves them out and counts them"
         )
