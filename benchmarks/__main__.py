@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -16,18 +15,20 @@ from rich.console import Console
 import xloss
 from benchmarks import plots, tables
 from benchmarks.accuracy import TABLE_DTYPES, TABLE_PROVIDERS
-from benchmarks.cases import NUM_SEQUENCES, Case, Shape
+from benchmarks.cases import Case, Shape
 from benchmarks.environment import ROOT, describe
-from benchmarks.memory import Job, Peak, largest, measure_apart, measure_here
+from benchmarks.largest import run_largest, search
 from benchmarks.options import Device, DtypeName, ProviderName, RunOptions, resolve
 from benchmarks.providers import PROVIDERS
 from benchmarks.report import generate
 from benchmarks.results import RESULTS, Row, to_json, write
 from benchmarks.run import num_ticks, run_accuracy, run_group, run_memory
 from benchmarks.suite import Suite
+from benchmarks.timing import Deadline
 from xloss.cli.progress import Bars
 
 GIB = 1 << 30
+_SHAPES_SHARE = 0.85  # of a limited run's time; the rest is for the largest batch, errors by dtype and plots
 
 app = App(
     name="python -m benchmarks",
@@ -61,8 +62,9 @@ def run(*, options: RunOptions = RunOptions()) -> int:  # noqa: B008 (frozen)
     if not console.is_terminal:
         console = Console(stderr=options.json, width=100)  # a file has no width to fit
     console.print(_greeting(environment), style="bold", highlight=False)
+    deadline = Deadline.after(options.seconds(device))
     with Bars() as bars:
-        for new in _measure(suite, device, bars, asked_for=bool(options.providers)):
+        for new in _measure(suite, device, bars, deadline, asked_for=bool(options.providers)):
             rows += new
             path = write(
                 options.folder, environment, rows
@@ -76,14 +78,19 @@ def run(*, options: RunOptions = RunOptions()) -> int:  # noqa: B008 (frozen)
     return 1 if any(row.ours and row.state == "red" for row in rows) else 0
 
 
-def _measure(suite: Suite, device: str, bars: Bars, *, asked_for: bool) -> Iterator[list[Row]]:
-    """Parts of a run one after the other, so that each can be kept at once."""
-    for group in suite.groups:
+def _measure(suite: Suite, device: str, bars: Bars, deadline: Deadline, *, asked_for: bool) -> Iterator[list[Row]]:
+    """Parts of a run one after the other, so that each can be kept at once. Each shape has its share of the time."""
+    work = [group.work(device, asked_for=asked_for) for group in suite.groups]
+    for i, group in enumerate(suite.groups):
+        part = _SHAPES_SHARE * work[i] / sum(work[i:])
         with bars.stage(str(group.shape), num_ticks(group, device, asked_for=asked_for)) as tick:
-            yield run_group(group, suite.gate, device, tick, asked_for=asked_for)
+            yield run_group(group, suite.gate, device, tick, asked_for=asked_for, deadline=deadline, part=part)
     if suite.memory is not None:
         with bars.stage("memory, apart", len(suite.memory[1])) as tick:
             yield run_memory(suite, device, tick)
+    if suite.largest is not None:
+        with bars.stage("largest batch", len(suite.largest[2])) as tick:
+            yield run_largest(suite, device, tick, deadline)
     if suite.accuracy is not None:
         with bars.stage("errors by dtype", len(TABLE_DTYPES) * len(TABLE_PROVIDERS)) as tick:
             yield run_accuracy(suite, device, tick)
@@ -99,6 +106,7 @@ def _greeting(environment: dict[str, object]) -> str:
 def _print(console: Console, rows: list[Row]) -> None:
     tables.print_time(console, [row for row in rows if row.kind == "time"])
     tables.print_memory(console, [row for row in rows if row.kind == "memory"])
+    tables.print_largest(console, [row for row in rows if row.kind == "largest"])
     tables.print_accuracy(console, [row for row in rows if row.kind == "accuracy"])
     console.print(tables.LEGEND, style="dim", highlight=False)
 
@@ -178,22 +186,14 @@ def find_largest(
         if reason := PROVIDERS[name].absent(case):
             console.print(f"{name}: absent: {reason}", style="dim", highlight=False, markup=False)
             continue
-        last: list[Peak] = []
-
-        def fits(tokens: int, name: str = name, last: list[Peak] = last) -> bool:
-            sized = replace(case, shape=replace(base, num_tokens=tokens))
-            job = Job(sized, name, torch.get_num_threads(), limit_bytes=limit)
-            last.append(measure_apart(job) if where == "cpu" else measure_here(job))
-            if last[-1].peak_bytes is None and not last[-1].out_of_memory:
-                _refuse(f"{name} at {tokens} tokens: {last[-1].reason}")
-            return last[-1].peak_bytes is not None
-
-        found = largest(fits, most - most % NUM_SEQUENCES)
-        peak = max((p.peak_bytes for p in last if p.peak_bytes is not None), default=None)
+        try:
+            found = search(case, name, most, limit)
+        except RuntimeError as error:
+            _refuse(str(error))
+        peak = None if found.peak is None else found.peak.peak_bytes
         held = "" if peak is None else f", peak {peak / GIB:.2f} GiB above the inputs"
-        console.print(
-            f"{name}: {found:,} tokens{held}{' (the most asked for)' if found == most else ''}", highlight=False
-        )
+        most_said = " (the most asked for)" if found.reached else ""
+        console.print(f"{name}: {found.num_tokens:,} tokens{held}{most_said}", highlight=False)
     return 0
 
 

@@ -107,10 +107,11 @@ def measure_here(job: Job) -> Peak:
         with _limited(case.device, job.limit_bytes):
             return Peak(peak_of(ready.run, case.device)[1], ready.plan)
     except Exception as error:
-        return Peak(None, reason=f"{type(error).__name__}: {first_line(error)}", out_of_memory=_is_out_of_memory(error))
+        return Peak(None, reason=f"{type(error).__name__}: {first_line(error)}", out_of_memory=is_out_of_memory(error))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: torch says it in several ways."""
     text = str(error).lower()
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or "can't allocate memory" in text or "out of memory" in text

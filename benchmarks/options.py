@@ -20,6 +20,7 @@ LossName = Literal[*LOSSES]  # type: ignore[valid-type]
 ProviderName = Literal[*PROVIDERS]  # type: ignore[valid-type]
 DtypeName = Literal[*DTYPES]  # type: ignore[valid-type]
 Device = Literal["auto", "cpu", "cuda"]
+STANDARD_MINUTES = 8.0
 Flag = Annotated[bool, Parameter(negative="")]
 _many = Parameter(consume_multiple=True, negative="", show_default=False)
 
@@ -43,6 +44,9 @@ class RunOptions:
     """dtype of hidden states and head."""
     rounds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None
     """Timed rounds; at least 7 by default."""
+    minutes: Annotated[float | None, Parameter(validator=validators.Number(gt=0), show_default=False)] = None
+    """Wall time to stay within: slow runs get fewer rounds, and peers for which none is left are absent. 8 for the
+    standard set on CUDA, else no limit."""
     threads: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None
     """Threads of torch on the CPU; its own choice by default."""
     out: Path | None = None
@@ -58,6 +62,13 @@ class RunOptions:
         return bool(
             self.quick or self.losses or self.providers or self.shapes or self.dtype or self.rounds or self.threads
         )
+
+    def seconds(self, device: str) -> float | None:
+        """Wall time to stay within, or ``None``."""
+        minutes = self.minutes
+        if minutes is None and device == "cuda" and not self.narrowed:
+            minutes = STANDARD_MINUTES
+        return None if minutes is None else 60 * minutes
 
     @property
     def folder(self) -> Path:

@@ -27,7 +27,8 @@ Every figure here was measured by `python -m benchmarks` and is taken from a fil
 - A provider that is not installed, needs another device or has no such loss is **absent**, with the reason.
 
 ```sh
-python -m benchmarks            # the standard set of this device, in minutes; the result goes to benchmarks/results/
+python -m benchmarks            # the standard set of this device; the result goes to benchmarks/results/. It stays
+                                # within --minutes: 8 on CUDA if not said, slow peers get fewer rounds or none
 python -m benchmarks --quick    # small shapes; --losses, --providers, --shapes and --dtype choose what is measured
 python -m benchmarks largest    # the longest batch that fits: --shape, --limit-gib
 python -m benchmarks report     # this page
@@ -73,6 +74,7 @@ def _device(run: Run, page: Path) -> str:
         for loss, rows in by_loss(group).items():
             lines += [f"**{LOSSES[loss].title}**", "", *_time(rows), ""]
     lines += _memory([row for row in run.rows if row.kind == "memory"])
+    lines += _largest([row for row in run.rows if row.kind == "largest"])
     lines += _accuracy([row for row in run.rows if row.kind == "accuracy"])
     return "\n".join(lines)
 
@@ -108,6 +110,24 @@ def _memory(rows: Sequence[Row]) -> list[str]:
         times = f"{base / peak:.1f}x" if base and peak else "-"
         how = row.plan if row.state == "ok" else f"{row.state}: {row.reason}"
         lines.append(_line(f"**{row.title}**" if row.ours else row.title, mib(peak), times, how))
+    return [*lines, ""]
+
+
+def _largest(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        f"### Largest batch of a GRPO step that fits, H x V = {rows[0].hidden_size} x {rows[0].vocab_size}, "
+        f"{rows[0].dtype}",
+        "",
+        "By bisection, to 3 %.",
+        "",
+        *_header("provider", "tokens", "peak MiB", "how"),
+    ]
+    for row in rows:
+        tokens = f"{row.num_tokens:,}" if row.state == "ok" else f"**{row.state}**"
+        how = row.plan or row.reason
+        lines.append(_line(f"**{row.title}**" if row.ours else row.title, tokens, mib(row.peak_extra_bytes), how))
     return [*lines, ""]
 
 

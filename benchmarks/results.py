@@ -16,7 +16,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One provider on one case. ``kind``: ``time`` (with memory and error), ``memory`` (measured apart), ``accuracy``.
+    """One provider on one case.
+
+    ``kind``: ``time`` (with memory and error), ``memory`` (measured apart), ``largest`` (``num_tokens`` is what fits),
+    ``accuracy``.
 
     ``state``: ``ok``, ``absent`` or ``red``, the last two with a ``reason``. Ratios are medians of ratios within a
     round: to the bare GEMMs of the plain case, to eager, and for a variant to the same provider on the plain case.

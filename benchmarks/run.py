@@ -13,14 +13,16 @@ import torch
 
 from benchmarks.accuracy import Errors, Verdict, error_table, gate, judge, reference, slice_errors
 from benchmarks.cases import Batch, Case, Shape, make_batch, vary
-from benchmarks.memory import Job, measure_apart, peak_of
+from benchmarks.memory import Job, is_out_of_memory, measure_apart, peak_of
 from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Prepared, first_line
 from benchmarks.results import Row, row_of, time_columns
 from benchmarks.suite import Group, Suite, device_type
-from benchmarks.timing import interleave, paired_ratio, time_once
+from benchmarks.timing import OUT_OF_TIME, Deadline, fit_rounds, interleave, paired_ratio, time_once
 
 Tick = Callable[[str], None]
+_YARDSTICKS = ("gemm", "eager")  # warmed up first, with xloss: rows without them say nothing
+_WARM_SHARE = 0.6  # of a shape's time, at most, to compile and warm up; the rest is for rounds
 _WARM_S = {"cpu": 0.0, "cuda": 0.3}  # of running a provider before it is timed, its first run not counted
 
 
@@ -33,6 +35,7 @@ class Entry:
     verdict: Verdict = field(default_factory=lambda: Verdict("ok"))
     ready: Prepared | None = None
     peak_bytes: int | None = None
+    seconds: float = 0.0  # of one step, roughly
     times: list[float] = field(default_factory=list)
 
     @property
@@ -44,31 +47,60 @@ class Entry:
         return self.verdict.state == "ok"
 
     def fail(self, error: Exception) -> None:
-        """Out of the race, with the reason."""
+        """Out of the race, with the reason. A peer that is not there, or whose step does not fit, is not wrong."""
+        too_large = is_out_of_memory(error)
+        reason = "out of memory" if too_large else f"{type(error).__name__}: {first_line(error)}"
+        excused = isinstance(error, ImportError) or (too_large and not PROVIDERS[self.name].ours)
         self.ready = None
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        self.verdict = Verdict("absent" if isinstance(error, ImportError) else "red", self.verdict.errors, reason)
+        self.verdict = Verdict("absent" if excused else "red", self.verdict.errors, reason)
+
+    def leave_out(self, reason: str) -> None:
+        """Absent, with the reason."""
+        self.ready = None
+        self.verdict = Verdict("absent", self.verdict.errors, reason)
 
 
-def run_group(group: Group, gate_shape: Shape, device: str, tick: Tick, *, asked_for: bool = False) -> list[Row]:
-    """All rows of one shape."""
+def run_group(
+    group: Group,
+    gate_shape: Shape,
+    device: str,
+    tick: Tick,
+    *,
+    asked_for: bool = False,
+    deadline: Deadline = Deadline(),  # noqa: B008 (frozen)
+    part: float = 1.0,
+) -> list[Row]:
+    """All rows of one shape, in ``part`` of the time that is left after the gates.
+
+    Where that is short slow runs get fewer rounds, and those that none is left for are absent.
+    """
     gc.collect()
     gc.freeze()  # what was there before need not be looked through between runs
     try:
-        return _run_group(group, gate_shape, device, tick, asked_for)
+        return _run_group(group, gate_shape, device, tick, asked_for, (deadline, part))
     finally:
         gc.unfreeze()
 
 
-def _run_group(group: Group, gate_shape: Shape, device: str, tick: Tick, asked_for: bool) -> list[Row]:
+def _run_group(
+    group: Group, gate_shape: Shape, device: str, tick: Tick, asked_for: bool, time_left: tuple[Deadline, float]
+) -> list[Row]:
     entries = [Entry(case, name) for case, name in group.entries(device, asked_for=asked_for)]
     _gate(entries, gate_shape, group.dtype, tick)
     base = make_batch(Case("grpo", group.shape, group.dtype, device))
-    for entry in _once_per_floor(entries):
+    deadline = time_left[0].share(time_left[1])
+    prepared_by = deadline.share(_WARM_SHARE)
+    for entry in sorted(_once_per_floor(entries), key=lambda e: not (PROVIDERS[e.name].ours or e.name in _YARDSTICKS)):
+        if entry.runs and prepared_by.left <= 0:
+            entry.leave_out(OUT_OF_TIME)
         _warm_up(entry, vary(base, entry.case), tick)
-    runs = {e.key: e.ready.run for e in entries if e.ready is not None}
+    ready = {e.key: e for e in entries if e.ready is not None}
+    rounds = fit_rounds({key: e.seconds for key, e in ready.items()}, group.rounds, deadline.left)
+    for key in [key for key, count in rounds.items() if not count]:
+        ready.pop(key).leave_out(OUT_OF_TIME)
+    runs = {key: e.ready.run for key, e in ready.items() if e.ready is not None}
     clock = partial(time_once, device=device)
-    times, failed = interleave(runs, group.rounds, clock, lambda key: tick(f"{key[0].loss_name} {key[1]}"))
+    times, failed = interleave(runs, rounds, clock, lambda key: tick(f"{key[0].loss_name} {key[1]}"))
     for entry in entries:
         entry.times = times.get(entry.key, [])
         if entry.key in failed:
@@ -117,17 +149,21 @@ def _warm_up(entry: Entry, batch: Batch, tick: Tick) -> None:
         entry.ready = PROVIDERS[entry.name].prepare(case, batch)
         if device_type(case.device) == "cuda":
             entry.ready.run()  # compiling and tuning are not what a step takes
+        began = time.perf_counter()
         result, peak = peak_of(entry.ready.run, case.device)
+        entry.seconds = time.perf_counter() - began
         if not is_floor:
             entry.peak_bytes = peak
             found = judge(slice_errors(case, batch, result), case)
             entry.verdict = replace(found, errors=_worst(entry.verdict.errors, found.errors))
             entry.ready = entry.ready if found.state == "ok" else None
         del result
-        until = time.perf_counter() + _WARM_S[device_type(case.device)]
-        while entry.ready is not None and time.perf_counter() < until:
+        began, runs = time.perf_counter(), 0
+        while entry.ready is not None and time.perf_counter() - began < _WARM_S[device_type(case.device)]:
             entry.ready.run()
             torch.cuda.synchronize(case.device)
+            runs += 1
+            entry.seconds = (time.perf_counter() - began) / runs
     except Exception as error:
         entry.fail(error)
 
@@ -148,11 +184,11 @@ def _rows(entries: list[Entry]) -> list[Row]:
     rows = []
     for entry in entries:
         case, provider = entry.case, PROVIDERS[entry.name]
-        if case.variant and entry.verdict.state == "absent":
+        plain = by_key.get((case.plain, entry.name)) if case.variant else None
+        if plain is not None and "absent" == entry.verdict.state == plain.verdict.state:
             continue  # said once, by the plain case
         floor = floors.get(case.loss.forward_only)
         own = floor if entry.name == "gemm" and floor is not None else entry
-        plain = by_key.get((case.plain, entry.name)) if case.variant else None
         columns = time_columns(own.times)
         median = columns.get("median_ms")
         e = entry.verdict.errors

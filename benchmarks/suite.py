@@ -25,6 +25,7 @@ ALL = tuple(name for name in PROVIDERS if name != "xloss-eager")
 CORE = (
     *("gemm", "eager", "xloss-forward", "xloss-one-pass", "xloss-two-pass"),
     *("xloss-fused-forward", "xloss-fused-one-pass", "xloss-fused-two-pass"),
+    *("xloss-no-logits-forward", "xloss-no-logits-one-pass", "xloss-no-logits-two-pass"),
 )
 _APART = ("eager", "torch-lce", "liger-grpo", "xtuner-loop", "xloss-one-pass", "xloss-two-pass")
 
@@ -58,15 +59,24 @@ class Group:
                     found += [(replace(case, **change), name) for change in changes]
         return found
 
+    def work(self, device: str, *, asked_for: bool) -> float:
+        """How long it takes beside other groups, roughly: products times runs."""
+        return sum(case.useful_flops for case, _ in self.entries(device, asked_for=asked_for)) * (4 + self.rounds)
+
 
 @dataclass(frozen=True)
 class Suite:
-    """A whole run. ``memory``: the shape and providers measured apart, ``None`` where the allocator counts exactly."""
+    """A whole run. ``memory``: the shape and providers measured apart, ``None`` where the allocator counts exactly.
+
+    ``largest``: head, most tokens to try, and providers of the largest batch that fits; ``None`` where running out of
+    memory would end the process.
+    """
 
     groups: tuple[Group, ...]
     gate: Shape
     memory: tuple[Shape, tuple[str, ...]] | None
     accuracy: Shape | None
+    largest: tuple[Shape, int, tuple[str, ...]] | None = None
 
 
 def device_type(device: str) -> str:
@@ -124,7 +134,8 @@ def _on_cuda(quick: bool) -> Suite:
             rounds=7,
         ),
     )
-    return Suite(groups, GATE_SHAPE["cuda"], None, TABLE_SHAPE)
+    largest = (Shape(1024, 4096, 151936), 1 << 18, ("eager", "xloss-one-pass", "xloss-fused-one-pass"))
+    return Suite(groups, GATE_SHAPE["cuda"], None, TABLE_SHAPE, largest)
 
 
 def chosen(
@@ -161,4 +172,5 @@ def chosen(
         groups=tuple(found),
         memory=None if narrowed else suite.memory,
         accuracy=None if narrowed else suite.accuracy,
+        largest=None if narrowed else suite.largest,
     )

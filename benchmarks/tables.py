@@ -127,6 +127,23 @@ def print_memory(console: Console, rows: Sequence[Row]) -> None:
     console.print()
 
 
+def print_largest(console: Console, rows: Sequence[Row]) -> None:
+    """The largest batch that fits, by provider."""
+    if not rows:
+        return
+    head = f"H x V = {rows[0].hidden_size} x {rows[0].vocab_size}, {rows[0].dtype}"
+    console.print(f"[bold]Largest batch of a GRPO step that fits[/], {head}, to 3 %", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("provider", "tokens", "MiB", "plan"):
+        table.add_column(name, justify="left" if name in ("provider", "plan") else "right")
+    for row in rows:
+        name = f"[bold cyan]{escape(row.title)}[/]" if row.ours else escape(row.title)
+        tokens = f"{row.num_tokens:,}" if row.state == "ok" else "-"
+        table.add_row(name, tokens, mib(row.peak_extra_bytes), escape(row.plan or row.reason))
+    console.print(table)
+    console.print()
+
+
 def print_accuracy(console: Console, rows: Sequence[Row]) -> None:
     """Errors by provider and dtype: dH, dW, log-probs."""
     if not rows:

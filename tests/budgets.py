@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xloss.head.plan import Plan
+
 ROUNDING_FACTOR = 64.0  # GEMM of up to 64 terms, exp, sum over V: each adds a few eps
 F32_GRADIENT = 1e-6  # design bar: float32 gradients against float64, norm-wise relative, logits of unit scale
 F32_LOSS = 1e-6  # the same for a loss, relative to the sum of its absolute terms
@@ -67,9 +69,96 @@ def assert_three_way(name: str, ours: Tensor, base: Tensor, gold: Tensor, workin
     assert mine <= THREE_WAY_FACTOR * theirs + floor, f"{name}: error {mine:.3g}, eager {theirs:.3g}, floor {floor:.3g}"
 
 
+FLOAT32_FLOOR = 3e-6  # float32 sums in another order, relative: some tens of eps
+LOSS_NATS_FACTOR = 2.0  # a ratio's error is its log-prob's, and log-probs of two models may be off in opposite senses
+
+
+def gradient_floor(working: torch.dtype) -> float:
+    """Relative norm-wise error of a right gradient: `dz` and the result are each rounded once to the working dtype,
+    half an eps each; float32 sums in another order."""
+    return FLOAT32_FLOOR if working == torch.float32 else eps(working)
+
+
+def assert_gradient(name: str, ours: Tensor, base: Tensor, gold: Tensor) -> None:
+    """Three ways, whatever the device: at most THREE_WAY_FACTOR times as far from gold as eager, plus two roundings."""
+    assert ours.dtype == base.dtype, f"{name} is {ours.dtype}, eager's {base.dtype}"
+    mine, theirs = error(ours, gold), error(base, gold)
+    allowed = THREE_WAY_FACTOR * theirs + gradient_floor(ours.dtype) * norm(gold)
+    assert mine <= allowed, f"{name}: error {mine:.3g} > {allowed:.3g}, eager {theirs:.3g}, |gold| {norm(gold):.3g}"
+
+
+def assert_statistic(name: str, ours: Tensor, base: Tensor, gold: Tensor, working: torch.dtype) -> None:
+    """float32 inputs: as close as eager. Lower ones, which tensor cores multiply: within BF16_LOGPROB_NATS each."""
+    assert ours.dtype == torch.float32, f"{name} is {ours.dtype}"
+    if working == torch.float32:
+        mine, allowed = error(ours, gold), THREE_WAY_FACTOR * error(base, gold) + FLOAT32_FLOOR * norm(gold)
+    else:
+        mine, allowed = float((ours.double() - gold).abs().max()), BF16_LOGPROB_NATS
+    assert mine <= allowed, f"{name}: error {mine:.3g} > {allowed:.3g}"
+
+
+def assert_loss(ours: Tensor, base: Tensor, gold: Tensor, terms: Tensor, working: torch.dtype) -> None:
+    """A loss against the sum of its absolute terms: they may cancel."""
+    each = FLOAT32_FLOOR if working == torch.float32 else LOSS_NATS_FACTOR * BF16_LOGPROB_NATS
+    mine = abs(float(ours) - float(gold))
+    allowed = THREE_WAY_FACTOR * abs(float(base) - float(gold)) + each * float(terms.detach().abs().sum())
+    assert mine <= allowed, f"loss: error {mine:.3g} > {allowed:.3g}"
+
+
+PEAK_SLACK_BYTES = {"cpu": 64 << 10, "cuda": 32 << 20}
+"""Per-token vectors, and what an allocator rounds up to."""
+
+
+def peak_bytes(plan: Plan, working: torch.dtype, device_type: str) -> int:
+    """Most bytes above the inputs: the plan's own figures, and what the working dtype adds where a step must round."""
+    rows, hidden, vocab = plan.chunk_rows, plan.hidden_size, plan.vocab_size
+    logits = 4 * rows * vocab
+    out = plan.logits_bytes + plan.grad_bytes + PEAK_SLACK_BYTES[device_type]
+    out += 3 * 4 * rows * hidden  # a chunk's hidden states as operand, and their gradient
+    if plan.mode == "chunk":
+        # two blocks of scratch (docs/plans.md), and the product inside torch.linalg.vecdot
+        out += 3 * min(logits, {"cpu": 4 << 20, "cuda": 256 << 20}[device_type])
+    if working == torch.float32:
+        return out
+    if device_type == "cpu":
+        out += 4 * hidden * min(vocab, 8192)  # a block of the weight, widened
+    if plan.kind == "forward-only":
+        return out
+    out += working.itemsize * hidden * (vocab + plan.num_rows)  # gradients rounded, beside their float32 sums
+    if device_type == "cuda":  # dlogits as a tensor-core operand; the fused mode writes bf16 over the logits
+        in_place = plan.mode == "fused" and working == torch.bfloat16
+        out += 0 if in_place else logits // 2 + (logits if working == torch.float16 else 0)
+    return out
+
+
 FUSED_RELATIVE = {torch.float32: 3e-6, torch.float16: 2e-3}
 """The interpreted fused mode against float64, max |error| / max |value|: float32 sums; float16 inputs, gradients."""
 
 DISTILL_RELATIVE = 4e-6
 """Losses and gradients of a small distillation, norm-wise: calibrated weights are float32, also in float64; in float32
 a divergence is a difference of log-probs of size up to 10, each known to 1e-6."""
+FUSED_LOGPROB_NATS = 1e-5  # log-probs of float32 inputs near -10: some tens of eps
+
+# Kernels by themselves, under the interpreter: max |error| / max |value| against float64.
+KERNEL_EAGER_FACTOR = 4.0  # or as many times eager's own error in the working precision, where that is more
+KERNEL_LEAST_SCALE = 1e-3  # a result smaller than this is judged as if it had this size
+KERNEL_ROWS = 2e-6  # statistics and dlogits of given logits: exp, a sum over V
+KERNEL_LOSS = 3e-6  # the same with a loss formula between
+KERNEL_SHARP = 2e-5  # temperatures of 0.1 make logits of 100
+KERNEL_HALF = 1e-3  # anything rounded to float16 at the end
+KERNEL_HEAD = 3e-6  # statistics of hidden x weight: the product's own sums come on top
+KERNEL_HEAD_TRANSFORMED = 1e-5  # through softcap, temperatures and bias, or from float16 operands
+KERNEL_HEAD_GRADIENT = 1e-5  # dlogits of logits computed twice, in two orders of sums
+KERNEL_HEAD_GRADIENT_TRANSFORMED = 3e-5
+KERNEL_FORMULA = {"rtol": 2e-6, "atol": 3e-6}  # a twin's value against the torch formula, both float32
+KERNEL_SLOPE = {"rtol": 2e-6, "atol": 1e-6}
+KERNEL_EXACT_VALUE = {"rtol": 2e-6, "atol": 0.0}  # k3 near 0, where every digit counts
+KERNEL_EXACT_SLOPE = {"rtol": 5e-7, "atol": 0.0}
+KERNEL_KINK_SLOPE = 1e-6  # relative
+KERNEL_SHIFT = {"rtol": 1e-5, "atol": 1e-5}  # differences of log-probs and merged shards, both known to float32
+KERNEL_SAME = {"rtol": 2e-5, "atol": 2e-6}  # two kernels for one gradient
+
+
+def kernel_logits(base: float, max_logit: float) -> float:
+    """`base` and the rounding of logits (or of an lse) of this size to float32, an error on every p."""
+    return base + 2.0**-22 * max_logit

@@ -78,13 +78,15 @@ def planned(case: Case, batch: Batch) -> Any:
     return context(case.plain, batch).explain(*leaves(case.plain, batch))
 
 
-def _prepare(mode: str, plan: str) -> Callable[[Case, Batch], Prepared]:
+def _prepare(mode: str, plan: str, kernels: str) -> Callable[[Case, Batch], Prepared]:
     def prepare(case: Case, batch: Batch) -> Prepared:
         settings = {"plan": plan} if plan in ("one_pass", "two_pass") else {}
+        if mode != "eager":
+            settings["kernels"] = kernels
         if plan == "kept":
             budget = 2 * case.shape.num_tokens * case.shape.vocab_size * max(4, batch.hidden.element_size())
             case = replace(case, logits_budget=budget)
-            settings = {"plan": "two_pass"}
+            settings["plan"] = "two_pass"
         ctx = context(case, batch, mode=mode, **settings)
 
         def run() -> Result:
@@ -96,7 +98,8 @@ def _prepare(mode: str, plan: str) -> Callable[[Case, Batch], Prepared]:
             return backward(loss, hidden, weight)
 
         found = ctx.explain(*leaves(case, batch))
-        return Prepared(run, f"{found.kind}, {found.mode}, {found.num_chunks} chunks", found.chunk_rows)
+        how = "no logits" if found.kernels == "no_logits" else f"{found.num_chunks} chunks"
+        return Prepared(run, f"{found.kind}, {found.mode}, {how}", found.chunk_rows)
 
     return prepare
 
@@ -126,8 +129,15 @@ def _applies(plan: str) -> Callable[[Case], bool]:
     return applies
 
 
-def _provider(title: str, mode: str, plan: str, default_on: tuple[str, ...] = ("cpu", "cuda")) -> Provider:
-    return Provider(title, _prepare(mode, plan), _absent(mode), _applies(plan), default_on, ours=True)
+def _provider(
+    title: str, mode: str, plan: str, default_on: tuple[str, ...] = ("cpu", "cuda"), kernels: str = "auto"
+) -> Provider:
+    return Provider(title, _prepare(mode, plan, kernels), _absent(mode), _applies(plan), default_on, ours=True)
+
+
+def _no_logits(title: str, plan: str) -> Provider:
+    """Beside its ``fused`` twin, which takes chunks of logits wherever the budget holds useful ones."""
+    return _provider(title, "fused", plan, default_on=("cuda",), kernels="no_logits")
 
 
 XLOSS: dict[str, Provider] = {
@@ -139,4 +149,7 @@ XLOSS: dict[str, Provider] = {
     "xloss-fused-forward": _provider("xloss fused", "fused", "forward"),
     "xloss-fused-one-pass": _provider("xloss fused one-pass", "fused", "one_pass"),
     "xloss-fused-two-pass": _provider("xloss fused two-pass", "fused", "two_pass"),
+    "xloss-no-logits-forward": _no_logits("xloss no logits", "forward"),
+    "xloss-no-logits-one-pass": _no_logits("xloss no logits one-pass", "one_pass"),
+    "xloss-no-logits-two-pass": _no_logits("xloss no logits two-pass", "two_pass"),
 }

@@ -11,5 +11,6 @@ A leaf package: it imports nothing of xloss, and importing it imports neither tr
     scale          multiply by a device scalar, cast
 
 Shared pieces: transform (scale, softcap, temperature, bias), online (the running softmax), rows (one row of logits),
-matmul (one tile of logits), formulas (the losses, per token), tiles (block shapes), report (what the compiler made).
+matmul (one tile of logits), formulas (the losses, per token), tiles (block shapes). Commands: report (what the compiler
+makes of the kernels), tune (the quickest tiles, which `tuned` reads where XLOSS_TILES asks for them).
 """

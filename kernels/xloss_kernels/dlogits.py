@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xloss_kernels import tiles
+from xloss_kernels import tiles, tuned
 from xloss_kernels.checks import check_rows, check_vectors, is_overlay
 from xloss_kernels.rows import write_dlogits, write_zeros
 from xloss_kernels.transform import Transform, row_inv_temperature
@@ -105,7 +105,7 @@ def dlogits(
     check_vectors((num_rows,), lse=lse, entropy=entropy, sum_p2=sum_p2, d_entropy=d_entropy, d_lse=d_lse,
                   d_mean_logit=d_mean_logit, d_sum_p2=d_sum_p2)  # fmt: skip
     check_vectors(tuple(labels.shape), d_logprobs=d_logprobs)
-    tile = tile or tiles.row_tile(num_vocab, logits.dtype, out.dtype)
+    tile = tile or tuned.row("dlogits", logits.device, num_vocab, logits.dtype, out.dtype)
     transform = transform or Transform()
     if num_rows:
         dlogits_kernel[(num_rows,)](

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xloss_kernels import online, tiles
+from xloss_kernels import online, tiles, tuned
 from xloss_kernels.checks import check_labels
 from xloss_kernels.matmul import check_head, grouped, logits_tile, operand_arguments
 from xloss_kernels.transform import Transform, effective
@@ -162,7 +162,7 @@ def head_forward(
     """
     num_tokens, num_vocab, _ = check_head(hidden, weight)
     num_labels = check_labels(labels, num_tokens)
-    tile = tile or tiles.head_tile(hidden.dtype, tiles.arch_of(hidden.device))
+    tile = tile or tuned.head("head_forward", hidden.device, hidden.dtype, num_vocab, hidden.shape[1])
     transform = transform or Transform()
     num_splits = triton.cdiv(num_vocab, tile.split)
     device = hidden.device

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xloss_kernels import formulas, tiles
+from xloss_kernels import formulas, tiles, tuned
 from xloss_kernels.checks import check_rows, check_vectors, is_overlay
 from xloss_kernels.rows import label_logits, row_softmax, write_dlogits, write_zeros
 from xloss_kernels.transform import Transform, row_inv_temperature
@@ -223,7 +223,9 @@ def policy_rows(
     check_vectors((num_rows,), weight=weight, advantages=advantages, old_logprobs=old_logprobs,
                   ref_logprobs=ref_logprobs, kl_weight=kl_weight, aux_weight=aux_weight)  # fmt: skip
     assert grad_scale is None or (grad_scale.numel() == 1 and grad_scale.dtype == torch.float32)
-    tile = tile or tiles.row_tile(num_vocab, logits.dtype, out.dtype, num_warps=tiles.TWO_PASS_WARPS)
+    tile = tile or tuned.row(
+        "policy_rows", logits.device, num_vocab, logits.dtype, out.dtype, num_warps=tiles.TWO_PASS_WARPS
+    )
     transform = transform or Transform()
 
     def vector(dtype: torch.dtype = torch.float32) -> torch.Tensor:

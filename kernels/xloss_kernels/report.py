@@ -1,165 +1,149 @@
-"""What the compiler makes of the kernels, without a GPU: registers, spills, shared memory, matrix instruction.
+"""`python -m xloss_kernels.report`: compile every kernel for each GPU generation and show what it costs. Needs no GPU.
 
-`python -m xloss_kernels.report [kernel]` prints the table. Each case runs the real launcher on untouched CPU memory
-with its kernel replaced by a recorder, so what is compiled here is what the launcher launches there.
+Without options it prints a table; `--json` prints the same as JSON; `--write docs/kernels.md` puts it between the
+markers of that page. A word limits it to kernels whose name contains it. Exit status 2 where it cannot compile.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+if TYPE_CHECKING:
+    from xloss_kernels.compiled import CompiledKernel
 
-ARCHS = (80, 90, 100)
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-"""Shared memory one block may use, in bytes: 163, 227 and 227 KiB."""
+BLOCK = re.compile(
+    r"(?P<begin><!-- compiled: python -m xloss_kernels\.report --write -->\n)(?P<table>.*?)(?P<end><!-- /compiled -->)",
+    re.DOTALL,
+)
+"""The part of a page that `--write` replaces."""
 
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int8: "i8",
-}
-_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+_ARCH_COLUMNS = (80, 90, 100)
+_SHORT = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"}
 
 
-@dataclass(frozen=True)
-class CompiledKernel:
-    """One row of the table. `registers` per thread, `spill_bytes` per thread, `shared_bytes` per block."""
-
-    kernel: str
-    case: str
-    arch: int
-    warps: int
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    instruction: str
-
-
-class Recorder:
-    """Stands in for a kernel: keeps the arguments of the launch instead of launching."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.launch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def record(*args: Any, **kwargs: Any) -> None:
-            self.launch = args, kwargs
-
-        return record
+def lines(rows: Sequence[CompiledKernel], versions: str) -> Iterator[str]:
+    """The table for a terminal: at most 80 columns."""
+    yield versions
+    yield f"{'':<31} {'sm':>3} {'warps':>5} {'regs':>4} {'spill':>5} {'shared':>6}  matrix"
+    for kernel, group in groupby(rows, lambda row: row.kernel):
+        yield kernel
+        shown = ""
+        for row in group:
+            name = "" if row.case == shown else row.case
+            shown = row.case
+            yield (
+                f"  {name:<29} {row.arch:>3} {row.warps:>5} {row.registers:>4} {row.spill_bytes:>5}"
+                f" {row.shared_bytes:>6}  {_instruction(row)}"
+            )
+    yield "regs, spill: registers and spilled bytes per thread; shared: bytes per block."
 
 
-@contextmanager
-def recording(module: ModuleType, name: str) -> Iterator[Recorder]:
-    """Replace kernel `name` of `module` while the block runs."""
-    kernel = getattr(module, name)
-    recorder = Recorder(kernel)
-    setattr(module, name, recorder)
+def markdown(rows: Sequence[CompiledKernel], versions: str) -> str:
+    """The tables for a page: one for each kernel, a row for each case, a column for each architecture."""
+    out = [f"Compiled by {versions}.\n"]
+    for kernel, group in groupby(rows, lambda row: row.kernel):
+        out.append(f"**{kernel}**\n")
+        out.append("| case | warps | " + " | ".join(f"sm_{arch}" for arch in _ARCH_COLUMNS) + " |")
+        out.append("| --- | --- |" + " --- |" * len(_ARCH_COLUMNS))
+        for case, same in groupby(group, lambda row: row.case):
+            by_arch = {row.arch: row for row in same}
+            warps = "/".join(str(n) for n in sorted({row.warps for row in by_arch.values()}))
+            cells = [_cell(by_arch[arch]) if arch in by_arch else "-" for arch in _ARCH_COLUMNS]
+            out.append(f"| {case} | {warps} | " + " | ".join(cells) + " |")
+        out.append("")
+    return "\n".join(out)
+
+
+def replace_table(page: str, table: str) -> str:
+    """`page` with `table` between its markers; ValueError where they are missing."""
+    if not BLOCK.search(page):
+        raise ValueError("has no '<!-- compiled: ... -->' and '<!-- /compiled -->' markers to write between")
+    return BLOCK.sub(lambda found: found["begin"] + "\n" + table + "\n" + found["end"], page)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m xloss_kernels.report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("kernel", nargs="?", default="", help="only kernels whose name contains this")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print JSON")
+    how.add_argument("--write", type=Path, metavar="PAGE", help="refresh the tables of this Markdown page")
+    given = parser.parse_args(words)
+    if find_spec("triton") is None:
+        parser.error("triton is not installed (it has packages for Linux only); docs/kernels.md holds the last result")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it")
+    if given.write is not None:
+        _check_page(parser, given.write, given.kernel)
+    from xloss_kernels.compiled import toolchain
+
+    rows = list(_compile(parser, given.kernel))
+    if given.json:
+        print(json.dumps({"versions": toolchain(), "kernels": [asdict(row) for row in rows]}, indent=2))
+    elif given.write is not None:
+        page = given.write.read_text(encoding="utf-8")
+        given.write.write_text(replace_table(page, markdown(rows, toolchain())), encoding="utf-8")
+        print(f"Written: {given.write}")
+    else:
+        print("\n".join(lines(rows, toolchain())))
+    return 0
+
+
+def _check_page(parser: argparse.ArgumentParser, page: Path, kernel: str) -> None:
+    """Find out before the work what would fail after it."""
+    if kernel:
+        parser.error(f"--write puts down every kernel; leave out {kernel!r}")
+    if not page.is_file():
+        parser.error(f"--write {page}: no such file")
     try:
-        yield recorder
-    finally:
-        setattr(module, name, kernel)
+        replace_table(page.read_text(encoding="utf-8"), "")
+    except ValueError as error:
+        parser.error(f"--write {page}: {error}")
 
 
-def _argument(value: Any) -> tuple[str, bool]:
-    """Triton's type of a launch argument and whether it is known to be a multiple of 16."""
-    if isinstance(value, torch.Tensor):
-        return "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>", False
-    if isinstance(value, float):
-        return "fp32", False
-    assert isinstance(value, int) and not isinstance(value, bool), f"cannot pass {value!r} to a kernel"
-    return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+def _compile(parser: argparse.ArgumentParser, kernel: str) -> Iterator[CompiledKernel]:
+    """Compile and say how far it is, on stderr: in place on a terminal, else once for each kernel."""
+    from xloss_kernels.compiled import compile_points
+    from xloss_kernels.compiled_cases import CASES, points
+
+    wanted, shown = points(kernel), ""
+    if not wanted:
+        _unknown(parser, kernel, list(dict.fromkeys(case.kernel for case in CASES)))
+    in_place = sys.stderr.isatty()
+    for index, (case, arch) in enumerate(wanted, 1):
+        if in_place:
+            note = f"{index}/{len(wanted)} {case.kernel}, {case.name}, sm_{arch}"
+            print(f"\r\x1b[K{note[:79]}", end="", file=sys.stderr, flush=True)
+        elif case.kernel != shown:
+            shown = case.kernel
+            print(f"{index}/{len(wanted)} {shown}", file=sys.stderr, flush=True)
+        yield from compile_points([(case, arch)])
+    if in_place:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def compile_launch(recorder: Recorder, arch: int) -> Any:
-    """Compile the recorded launch for sm_`arch`."""
-    assert recorder.launch is not None, "the launcher launched nothing"
-    args, kwargs = recorder.launch
-    kernel = recorder.kernel
-    given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    options = {name: given.pop(name) for name in list(given) if name not in kernel.arg_names}
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for param in kernel.params:
-        value = given[param.name]
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[param.name], constants[param.name] = "constexpr", value
-            continue
-        signature[param.name], aligned = _argument(value)
-        if aligned:
-            attributes[(param.num,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+def _unknown(parser: argparse.ArgumentParser, kernel: str, names: list[str]) -> NoReturn:
+    parser.error(f"no kernel's name contains {kernel!r}; there are {', '.join(names)}")
 
 
-def describe(compiled: Any, kernel: str, case: str, arch: int) -> CompiledKernel:
-    """Read the resource usage out of the machine code."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [str(tool), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack, local = (max(map(int, re.findall(rf"{key}:(\d+)", usage))) for key in ("REG", "STACK", "LOCAL"))
-    ptx = compiled.asm["ptx"]
-    instruction = next((name for name in _INSTRUCTIONS if name in ptx), "-")
-    return CompiledKernel(
-        kernel, case, arch, compiled.metadata.num_warps, registers, stack + local, compiled.metadata.shared, instruction
-    )
+def _instruction(row: CompiledKernel) -> str:
+    return _SHORT.get(row.instruction, row.instruction)
 
 
-def compile_table(archs: tuple[int, ...] = ARCHS, kernel: str = "") -> list[CompiledKernel]:
-    """Compile every case of kernels whose name contains `kernel`, for every architecture."""
-    from xloss_kernels.report_cases import CASES
-
-    rows = []
-    for case in CASES:
-        if kernel not in case.kernel:
-            continue
-        for arch in archs:
-            if arch < case.min_arch:
-                continue
-            with recording(case.module, case.kernel) as recorder:
-                case.launch(arch)
-            rows.append(describe(compile_launch(recorder, arch), case.kernel, case.name, arch))
-    return rows
-
-
-def markdown(rows: list[CompiledKernel]) -> str:
-    """The table for the documentation."""
-    lines = [
-        "| kernel | case | sm | warps | registers | spills (B) | shared (B) | matrix instruction |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row.kernel} | {row.case} | {row.arch} | {row.warps} | {row.registers} | {row.spill_bytes} "
-        f"| {row.shared_bytes} | {row.instruction} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+def _cell(row: CompiledKernel) -> str:
+    numbers = f"{row.registers} / {row.spill_bytes} / {row.shared_bytes}"
+    return numbers if row.instruction == "-" else f"{numbers} {_instruction(row)}"
 
 
 if __name__ == "__main__":
-    print(f"triton {triton.__version__}")
-    print(markdown(compile_table(kernel=sys.argv[1] if len(sys.argv) > 1 else "")))
+    raise SystemExit(main())

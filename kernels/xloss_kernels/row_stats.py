@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xloss_kernels import tiles
+from xloss_kernels import tiles, tuned
 from xloss_kernels.checks import check_rows
 from xloss_kernels.rows import label_logits, row_softmax
 from xloss_kernels.transform import Transform, row_inv_temperature
@@ -92,7 +92,7 @@ def row_stats(
     """Statistics of raw `logits` [C, V] (float32, bf16 or fp16; any row stride) at `labels` int64 [C] or [C, K]."""
     num_rows, num_vocab, num_labels = check_rows(logits, labels)
     transform = transform or Transform()
-    tile = tile or tiles.row_tile(num_vocab, logits.dtype)
+    tile = tile or tuned.row("row_stats", logits.device, num_vocab, logits.dtype)
 
     def vector(wanted: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         return torch.empty(num_rows, dtype=dtype, device=logits.device) if wanted else None

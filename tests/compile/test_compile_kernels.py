@@ -7,36 +7,25 @@ import re
 import pytest
 import torch
 
+from tests.compile.compiling import compiled, described
 from xloss_kernels import dlogits, finalize, head_backward, head_forward, policy_rows, row_stats, scale, tiles
-from xloss_kernels.report import ARCHS, SHARED_LIMIT, compile_launch, describe, markdown, recording
-from xloss_kernels.report_cases import CASES, Case
+from xloss_kernels.compiled import ARCHS, SHARED_LIMIT, compile_launch, recording
+from xloss_kernels.compiled_cases import CASES, Case, points
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 RARE = ("every option", "one token", "ieee")
 """Not hot: a register or two may spill."""
-POINTS = [
-    pytest.param(case, arch, id=f"{case.kernel}-{case.name}-sm{arch}")
-    for case in CASES
-    for arch in ARCHS
-    if arch >= case.min_arch
-]
-
-
-def compiled(case: Case, arch: int):
-    with recording(case.module, case.kernel) as recorder:
-        case.launch(arch)
-    return compile_launch(recorder, arch)
+POINTS = [pytest.param(case, arch, id=f"{case.kernel}-{case.name}-sm{arch}") for case, arch in points()]
 
 
 @pytest.mark.parametrize("case,arch", POINTS)
 def test_limits(case: Case, arch: int):
-    row = describe(compiled(case, arch), case.kernel, case.name, arch)
+    row = described(case, arch)
     assert row.registers <= 255
     assert row.spill_bytes <= (32 if any(word in case.name for word in RARE) else 0)
     assert row.shared_bytes <= SHARED_LIMIT[arch]
     if case.kernel.startswith("head_"):
         assert row.instruction == ("-" if "float32" in case.name else MATRIX[arch])
-    assert str(row.registers) in markdown([row])
 
 
 def find(kernel: str, name: str) -> Case:

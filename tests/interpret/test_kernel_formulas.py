@@ -16,6 +16,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import budgets
 from tests.interpret.kernel_oracle import kl_term, policy_term
 from xloss_kernels import formulas
 from xloss_kernels import policy_rows as rows
@@ -57,8 +58,8 @@ def fill(values) -> torch.Tensor:
 
 def compare(value, slope, expected, lp):
     wanted = torch.autograd.grad(expected.sum(), lp)[0]
-    torch.testing.assert_close(value, expected.detach(), rtol=2e-6, atol=3e-6)
-    torch.testing.assert_close(slope, wanted, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(value, expected.detach(), **budgets.KERNEL_FORMULA)
+    torch.testing.assert_close(slope, wanted, **budgets.KERNEL_SLOPE)
 
 
 def run_policy(lp, old, advantage, spec):
@@ -124,7 +125,7 @@ def test_ppo_exactly_on_the_dual_clip_splits_the_gradient():
     item = d[d > 1][0]
     ratio = float(item.exp())
     _, slope, _, _ = run_policy(item, 0.0, -2.0, PolicySpec("ppo", 0.8, 1.2, ratio))
-    assert torch.allclose(slope, torch.full_like(slope, ratio), rtol=1e-6)  # half of -A r = 2 r
+    assert torch.allclose(slope, torch.full_like(slope, ratio), rtol=budgets.KERNEL_KINK_SLOPE)  # half of -A r = 2 r
 
 
 def test_ppo_ties_by_underflow_split_the_gradient():
@@ -201,8 +202,8 @@ def test_k3_is_exact_near_zero():
     value, slope = torch.empty(SIZE), torch.empty(SIZE)
     kl_kernel[(1,)](lp, torch.zeros(SIZE), lp, value, slope, 20.0, 10.0, KIND="k3", GRAD="plain", SIZE=SIZE)
     exact = torch.expm1(-lp.double())
-    torch.testing.assert_close(value.double(), exact + lp.double(), rtol=2e-6, atol=0)
-    torch.testing.assert_close(slope.double(), -exact, rtol=5e-7, atol=0)
+    torch.testing.assert_close(value.double(), exact + lp.double(), **budgets.KERNEL_EXACT_VALUE)
+    torch.testing.assert_close(slope.double(), -exact, **budgets.KERNEL_EXACT_SLOPE)
 
 
 def test_k3_input_clamp():

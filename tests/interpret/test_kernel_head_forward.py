@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests import budgets
 from tests.interpret import kernel_inputs as inputs
 from tests.interpret.kernel_oracle import assert_close, stats
 from xloss_kernels.finalize import finalize, merge_partials
@@ -28,7 +29,9 @@ def run(hidden, weight, labels, transform=None, tile=inputs.HEAD, programs=3, ig
     return finalize(partials, label_logits, labels, weight.shape[0], ignore_index=ignore, **flags)
 
 
-def check(hidden, weight, labels, transform=None, tile=inputs.HEAD, ignore=inputs.IGNORE, floor=3e-6, **kwargs):
+def check(
+    hidden, weight, labels, transform=None, tile=inputs.HEAD, ignore=inputs.IGNORE, floor=budgets.KERNEL_HEAD, **kwargs
+):
     ours = run(hidden, weight, labels, transform, tile, ignore=ignore, **kwargs)._asdict()
     transform = transform or Transform()
     gold = stats(hidden.double() @ weight.double().t(), labels, transform, ignore)
@@ -51,14 +54,14 @@ def test_every_tail(tokens, size, vocab, use_tma):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_transform(name, dtype):
     hidden, weight = operands(20, 24, 77, dtype, spread=3.0)
-    check(hidden, weight, inputs.labels(20, 77), inputs.transforms(20, 77)[name], floor=1e-5)
+    check(hidden, weight, inputs.labels(20, 77), inputs.transforms(20, 77)[name], floor=budgets.KERNEL_HEAD_TRANSFORMED)
 
 
 @pytest.mark.parametrize("sign,spread", [(-1, 40.0), (1, 40.0), (1, 1000.0)])
 def test_far_from_zero(sign, spread):
     hidden, weight = operands(10, 16, 70, spread=spread)
     hidden, weight = hidden.abs(), sign * weight.abs()
-    check(hidden, weight, inputs.labels(10, 70), floor=3e-6 + 2**-22 * 4 * spread)
+    check(hidden, weight, inputs.labels(10, 70), floor=budgets.kernel_logits(budgets.KERNEL_HEAD, 4 * spread))
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
@@ -125,7 +128,7 @@ def test_vocabulary_shards_merge_to_the_whole(cut):
     merged = finalize(torch.cat(payloads), torch.maximum(*picked), labels, 100, **ALL)
     whole = run(hidden, weight, labels, transform)
     for name, a, b in zip(whole._fields, whole, merged, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(a, b, **budgets.KERNEL_SHIFT, msg=name)
 
 
 def test_merging_fewer_statistics():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests import budgets
 from tests.interpret import kernel_inputs as inputs
 from tests.interpret.kernel_oracle import assert_close, policy_loss
 from xloss_kernels.policy_rows import PolicySpec, policy_rows
@@ -32,7 +33,7 @@ def vectors_for(raw, labels, transform, loss, rows=ROWS):
     return vectors
 
 
-def check(raw, labels, spec, transform=None, drop=(), extra=None, out=None, tile=inputs.ROW, floor=3e-6):
+def check(raw, labels, spec, transform=None, drop=(), extra=None, out=None, tile=inputs.ROW, floor=budgets.KERNEL_LOSS):
     transform = transform or Transform()
     vectors = vectors_for(raw, labels, transform, spec.loss, len(labels))
     vectors = {name: value for name, value in {**vectors, **(extra or {})}.items() if name not in drop}
@@ -68,7 +69,8 @@ def test_kl_entropy_and_z(loss, kl):
 @pytest.mark.parametrize("temper", inputs.TEMPERS)
 def test_every_temper(temper):
     raw = inputs.logits(temper, ROWS, 77)
-    floor = 3e-6 if temper in ("plain", "equal") else 3e-6 + 2**-22 * float(raw.abs().max())
+    size = 0.0 if temper in ("plain", "equal") else float(raw.abs().max())
+    floor = budgets.kernel_logits(budgets.KERNEL_LOSS, size)
     check(raw, inputs.labels(ROWS, 77), PolicySpec("ppo", entropy_coef=0.1), floor=floor)
 
 
@@ -77,7 +79,7 @@ def test_every_temper(temper):
 def test_every_transform_on_strided_rows(name, dtype):
     raw = inputs.strided(inputs.logits("plain", ROWS, 77, dtype))
     spec = PolicySpec("ppo", kl="k3", entropy_coef=0.1, z_loss_coef=1e-3)
-    floor = 2e-5 if name in ("all", "row temperature") else 3e-6  # temperatures of 0.1 make logits of 100
+    floor = budgets.KERNEL_SHARP if name in ("all", "row temperature") else budgets.KERNEL_LOSS
     check(raw, inputs.labels(ROWS, 77), spec, inputs.transforms(ROWS, 77)[name], floor=floor)
 
 
@@ -105,7 +107,7 @@ def test_label_smoothing():
     check(raw, labels, spec)
     ours = policy_rows(raw, labels, PolicySpec("ce", label_smoothing=0.1), with_grad=False, tile=inputs.ROW)
     wanted = torch.nn.functional.cross_entropy(raw, labels, reduction="none", label_smoothing=0.1)
-    torch.testing.assert_close(ours.loss, wanted, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(ours.loss, wanted, **budgets.KERNEL_FORMULA)
 
 
 @pytest.mark.parametrize("dual", [None, 1.5])
@@ -117,7 +119,7 @@ def test_dual_clip_and_log_ratio_limits(dual, limits):
     lp = row_stats(raw, labels, tile=inputs.ROW).logprobs
     shift = torch.tensor([0.2, 0.2, -0.2, -0.2, 0.6, 0.6, -0.6, 1.5])
     ours, grad, _, _ = check(raw, labels, spec, extra={"advantages": advantages, "old_logprobs": lp - shift})
-    torch.testing.assert_close(ours.log_ratio, shift, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.log_ratio, shift, **budgets.KERNEL_SHIFT)
     assert ours.clipped_high.tolist() == [True, False, False, False, True, False, False, False]
     assert ours.clipped_low.tolist() == [False, False, False, True, False, False, True, False]
     assert (grad[0] == 0).all() and (grad[3] == 0).all()  # clipped rows
@@ -142,7 +144,7 @@ def test_overlay_equals_out_of_place(vocab):
     separate = torch.full(raw.shape, float("nan"), dtype=torch.float16)
     spec = PolicySpec("ppo", entropy_coef=0.1)
     _, _, gold, vectors = check(raw, labels, spec, out=separate)
-    assert_close(separate, gold, floor=1e-3)
+    assert_close(separate, gold, floor=budgets.KERNEL_HALF)
     overlay = raw.view(torch.float16)[:, :vocab]
     policy_rows(raw, labels, spec, **vectors, out=overlay, tile=inputs.ROW)
     assert torch.equal(overlay, separate)
@@ -187,7 +189,7 @@ def test_same_as_statistics_then_dlogits():
     weight = vectors["weight"]
     two = dlogits(raw, labels, known.lse, entropy=known.entropy, d_logprobs=-weight * vectors["advantages"],
                   d_entropy=-0.2 * weight, tile=inputs.ROW)  # fmt: skip
-    torch.testing.assert_close(two, target, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(two, target, **budgets.KERNEL_SAME)
 
 
 @pytest.mark.parametrize(

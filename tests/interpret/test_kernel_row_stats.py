@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import budgets
 from tests.interpret import kernel_inputs as inputs
 from tests.interpret.kernel_oracle import assert_close, gradient, stats
 from xloss_kernels.dlogits import dlogits
@@ -130,4 +131,4 @@ def test_row_offsets_pass_two_to_the_31():
     check(raw, labels, Transform())
     before = raw.double()
     dlogits(raw, labels, torch.logsumexp(before, 1).float(), d_logprobs=torch.ones(2), tile=inputs.ROW)
-    assert_close(raw, gradient(before, labels, Transform(), {"logprobs": torch.ones(2)}), floor=1e-3)
+    assert_close(raw, gradient(before, labels, Transform(), {"logprobs": torch.ones(2)}), floor=budgets.KERNEL_HALF)

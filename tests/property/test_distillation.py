@@ -295,3 +295,16 @@ def test_forward_only_gives_the_same_loss() -> None:
     with torch.no_grad():
         loss, info = ctx.forward(problem.hidden, problem.weight, problem.head_bias)
     assert torch.equal(loss, with_grad) and info.plan.kind == "forward-only"
+
+
+@pytest.mark.parametrize("run", ["eager", "one_pass", "two_pass"])
+def test_autocast(run: str) -> None:
+    """The student's products are bf16's; the teacher's stay in the dtype they came in."""
+    student = Problem(torch.float32, bias=False)
+    rounded = Problem(torch.float32, bias=False)
+    rounded.hidden, rounded.weight = rounded.hidden.bfloat16().float(), rounded.weight.bfloat16().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (loss, dh, _), _ = student.run("head", divergence="reverse_kl", **RUNS[run])
+    gold = rounded.gold("reverse_kl")[0]
+    budgets.assert_relative("loss", loss, gold[0], budgets.DISTILL_RELATIVE)
+    budgets.assert_relative("d hidden", dh, gold[1], budgets.eps(torch.bfloat16))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from benchmarks import plots
+from benchmarks import largest, plots, tables
 from benchmarks.__main__ import app
 from benchmarks.cases import Case, Shape
 from benchmarks.environment import describe, slug
 from benchmarks.losses import LOSSES
+from benchmarks.memory import Job, Peak
+from benchmarks.options import RunOptions
 from benchmarks.report import generate
 from benchmarks.results import Row, read, row_of, time_columns, write
 from benchmarks.suite import chosen, standard
+from benchmarks.timing import OUT_OF_TIME, Deadline
 
 TINY = Shape(48, 16, 61)
 ENVIRONMENT = {
@@ -81,6 +87,48 @@ def test_page_shows_the_newest_in_full_and_keeps_the_older(tmp_path: Path) -> No
     assert text.count("## Some CPU") == 1
     assert "| 2025-05-05 | `0ldc0de` | 48x16x61 | grpo | xloss chunk one-pass | 2.000 | 1.07 |" in text
     assert generate(results, page) == text, "the same results make the same page"
+
+
+@pytest.mark.parametrize("limit", [None, 1000, 0])
+def test_largest_batch(limit: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows of a bisection, in the table and on the page; a failure that is not one of memory is red."""
+
+    def measured(job: Job) -> Peak:
+        tokens = job.case.shape.num_tokens
+        if limit is None:
+            return Peak(None, reason="out of luck")
+        fits = tokens <= limit or job.provider != "eager"
+        return Peak(tokens << 20, "one-pass") if fits else Peak(None, out_of_memory=True)
+
+    monkeypatch.setattr(largest, "measure_apart", measured)
+    names = ("eager", "xloss-one-pass", "quack")
+    suite = replace(standard("cpu", quick=True), largest=(TINY, 2048, names))
+    rows = largest.run_largest(suite, "cpu", lambda note: None, Deadline())
+    eager, ours, gone = rows
+    if limit is None:
+        assert (eager.state, eager.reason) == ("red", "eager at 128 tokens: out of luck")
+        assert (ours.state, ours.ours) == ("red", True)
+        return
+    if limit:
+        assert (eager.num_tokens, eager.peak_extra_bytes, eager.plan) == (896, 896 << 20, "one-pass")
+    else:
+        assert (eager.state, eager.reason) == ("absent", "128 tokens do not fit")
+    assert (ours.num_tokens, ours.plan, ours.ours) == (2048, "all that was tried", True)
+    assert (gone.state, gone.reason) == ("absent", "has no GRPO")
+    late = largest.run_largest(suite, "cpu", lambda note: None, Deadline.after(1.0))
+    assert {row.reason for row in late} == {OUT_OF_TIME, "has no GRPO"}
+    write(tmp_path, ENVIRONMENT, [*some_rows(), *rows])
+    text = generate(tmp_path, tmp_path / "page.md")
+    assert "| **xloss chunk one-pass** | 2,048 | 2,048 | all that was tried |" in text
+    console = Console(width=80, record=True, file=io.StringIO())
+    tables.print_largest(console, rows)
+    assert "2,048" in console.export_text(clear=False) and "Largest batch" in console.export_text()
+
+
+def test_time_limits() -> None:
+    assert RunOptions().seconds("cuda") == 480 and RunOptions().seconds("cpu") is None
+    assert RunOptions(losses=("ce",)).seconds("cuda") is None
+    assert RunOptions(minutes=2.0).seconds("cpu") == 120 and not RunOptions(minutes=2.0).narrowed
 
 
 def test_page_without_results_says_so(tmp_path: Path) -> None:

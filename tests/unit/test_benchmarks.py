@@ -6,6 +6,7 @@ Nothing here is about speed: tiny shapes, one thread, any machine.
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +21,9 @@ from benchmarks.losses import LOSSES
 from benchmarks.memory import Job, largest, measure_apart, peak_of
 from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Prepared, Provider, Result
-from benchmarks.run import run_group
+from benchmarks.run import Entry, _warm_up, run_group
 from benchmarks.suite import Group
-from benchmarks.timing import interleave, paired_ratio, time_once
+from benchmarks.timing import LEAST_ROUNDS, OUT_OF_TIME, Deadline, fit_rounds, interleave, paired_ratio, time_once
 
 TINY = Shape(48, 16, 61)
 
@@ -178,6 +179,50 @@ def test_interleaving_changes_the_order_and_survives_a_failure() -> None:
     assert set(times) == {"a", "c"} and len(times["a"]) == 3
     assert set(failed) == {"b"}
     assert paired_ratio([2.0, 40.0, 6.0], [1.0, 20.0, 2.0]) == 2.0
+
+
+def test_rounds_of_its_own() -> None:
+    seen: list[str] = []
+    runs = {name: lambda name=name: seen.append(name) for name in "ab"}
+    times, _ = interleave(runs, {"a": 3, "b": 1}, lambda body: time_once(body, "cpu"))
+    assert (seen.count("a"), seen.count("b"), len(times["b"])) == (3, 1, 1)
+    assert paired_ratio([2.0, 9.0, 9.0], [1.0]) == 2.0, "rounds that both took part in"
+
+
+def test_rounds_that_fit_the_time_left() -> None:
+    seconds = {"fast": 1.0, "slow": 10.0, "slower": 20.0}
+    assert fit_rounds(seconds, 15, 1e9) == dict.fromkeys(seconds, 15)
+    assert fit_rounds(seconds, 15, math.inf) == dict.fromkeys(seconds, 15)
+    some = fit_rounds(seconds, 15, 150.0)
+    assert some["fast"] == 15 and sum(n * seconds[k] for k, n in some.items()) <= 150
+    assert min(some.values()) >= LEAST_ROUNDS, "slow ones give way first"
+    assert fit_rounds(seconds, 15, 40.0) == {"fast": LEAST_ROUNDS, "slow": LEAST_ROUNDS, "slower": 0}
+    assert fit_rounds(seconds, 15, 0.0) == dict.fromkeys(seconds, 0)
+
+
+@pytest.mark.parametrize("seconds", [None, 0.0])
+def test_a_deadline_leaves_rows_that_say_so(seconds: float | None) -> None:
+    group = Group(TINY, "float32", ("grpo",), ("gemm", "eager", "xtuner-loop", "xloss-one-pass"), rounds=3)
+    rows = run_group(group, TINY, "cpu", lambda note: None, asked_for=True, deadline=Deadline.after(seconds))
+    assert len(rows) == 4
+    for row in rows:
+        assert (row.state, row.reason) == (("ok", "") if seconds is None else ("absent", OUT_OF_TIME))
+
+
+def test_a_peer_that_runs_out_of_memory_is_absent_and_xloss_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(case: Case, batch: Batch) -> Prepared:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 70.00 GiB.")
+
+    names = ("quack", "xloss-two-pass")
+    for name in names:
+        monkeypatch.setitem(PROVIDERS, name, replace(PROVIDERS["eager"], prepare=prepare, ours=name != "quack"))
+    entries = [Entry(case_of(), name) for name in names]
+    for entry in entries:
+        _warm_up(entry, made(case_of()), lambda note: None)
+    assert [(e.verdict.state, e.verdict.reason) for e in entries] == [
+        ("absent", "out of memory"),
+        ("red", "out of memory"),
+    ]
 
 
 def test_memory_in_this_process_and_apart() -> None:

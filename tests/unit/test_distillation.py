@@ -242,7 +242,7 @@ REFUSED: dict[str, tuple[type[XlossError], dict[str, Any], dict[str, Any], dict[
         {"topk_mode": "full"},
         TOPK | {"teacher_topk_ids": torch.full((1, T, K), V)},
         {},
-        str(V),
+        f"teacher_topk_ids holds {V}",
     ),
     "topk-two-temperatures": (
         OptionError,

@@ -66,6 +66,17 @@ class RowState:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """A chunk before any product: hidden ``[C, H]`` and weight ``[V, H]`` as operands, and what ``RawRows`` has."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    temperature: float | Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
 class LossTwin:
     """A token-local loss as a kernel knows it: its name, its numbers, and one value per token of each vector it reads.
 
@@ -106,4 +117,18 @@ class RowBackend(Protocol):
 
     def scale(self, grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
         """``grad * upstream`` in ``dtype``, without a host sync; may overwrite ``grad`` if ``in_place``."""
+        ...
+
+
+class HeadBackend(Protocol):
+    """The head on a chunk of tokens without ever writing its logits. ``xloss.head.fused`` is the one that can."""
+
+    def head_stats(self, rows: TokenRows, options: HeadOptions) -> TokenStats:
+        """Statistics of the chunk, 0 where the label is ignored."""
+        ...
+
+    def strip_dlogits(
+        self, rows: TokenRows, stats: TokenStats, adjoints: Adjoints, options: HeadOptions, strip: slice, out: Tensor
+    ) -> Tensor:
+        """Gradient of the raw logits of the vocabulary entries ``strip``, ``[C, S]``, written into ``out``."""
         ...

@@ -14,13 +14,16 @@ from torch import Tensor
 from xloss import shapes
 from xloss.errors import OptionError, UnsupportedError
 from xloss.head import chunk, gemm
-from xloss.head.backend import RowBackend
-from xloss.head.engine import HeadCall
+from xloss.head.backend import HeadBackend, RowBackend
+from xloss.head.choice import KERNEL_CHOICES, KernelChoice, PlanKind, PlanRequest
+from xloss.head.main_grad import MainGrad
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
-from xloss.head.plan import Plan, PlanKind, PlanRequest, make_plan
+from xloss.head.plan import Plan, make_plan
+from xloss.head.runner import HeadCall, strip_dtype
 
 Mode = Literal["auto", "eager", "chunk", "fused"]
 MODES: tuple[str, ...] = ("auto", "eager", "chunk", "fused")
+_MAX_VOCAB = 1 << 24  # ids travel in float32 partial statistics
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,22 @@ class RunOptions:
     mode: Mode = "auto"
     chunk_size: int | None = None
     logits_budget: int | None = None
+    kernels: KernelChoice = "auto"
+    accumulate_into_main_grad: bool = False
     allow_retain_graph: bool = False
     check_labels: bool = True
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise OptionError(f"mode must be one of {MODES}; got {self.mode!r}")
-        for name in ("chunk_size", "logits_budget"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value <= 0):
-                raise OptionError(f"{name} must be a positive integer or None; got {value!r}")
+        for name, accepted in (("mode", MODES), ("kernels", KERNEL_CHOICES)):
+            if getattr(self, name) not in accepted:
+                raise OptionError(f"{name} must be one of {accepted}; got {getattr(self, name)!r}")
+        size, budget = self.chunk_size, self.logits_budget
+        if size is not None and (not isinstance(size, int) or size <= 0):
+            raise OptionError(f"chunk_size must be a positive integer or None; got {size!r}")
+        if budget is not None and (not isinstance(budget, int) or budget < 0):
+            raise OptionError(f"logits_budget must be a number of bytes, 0 or more, or None; got {budget!r}")
+        if budget == 0 and self.kernels == "chunked_logits":
+            raise OptionError("logits_budget=0 allows no logits and kernels='chunked_logits' writes them; give one")
 
 
 def fused_missing(device_type: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> str | None:
@@ -125,11 +134,20 @@ def live_rows(labels: Tensor, ignore_index: int) -> LiveRows:
     return LiveRows.find(live if labels.ndim == 1 else live.any(1))
 
 
+def _no_logits_refused(weight: Tensor) -> str | None:
+    """Why the ``no_logits`` kernels cannot read this weight, or ``None`` if they can."""
+    if weight.stride(1) != 1 and weight.shape[1] != 1:
+        return f"those read contiguous rows; head_weight has strides {tuple(weight.stride())}"
+    if weight.shape[0] > _MAX_VOCAB:
+        return f"those know vocabularies up to {_MAX_VOCAB}; head_weight has {weight.shape[0]} rows"
+    return None
+
+
 def plan_call(
     inputs: HeadInputs, rows: LiveRows, kind: PlanKind, mode: str, run: RunOptions, reasons: tuple[str, ...] = ()
 ) -> Plan:
     """The plan for checked inputs."""
-    acc = gemm.accumulate_dtype(inputs.operand_dtype)
+    operand = inputs.operand_dtype
     return make_plan(
         PlanRequest(
             kind=kind,
@@ -139,10 +157,16 @@ def plan_call(
             num_grad=rows.num_grad if kind != "forward-only" else 0,
             hidden_size=inputs.weight.shape[1],
             vocab_size=inputs.weight.shape[0],
-            logit_bytes=acc.itemsize,
+            logit_bytes=gemm.accumulate_dtype(operand).itemsize,
+            operand_bytes=operand.itemsize,
+            strip_bytes=strip_dtype(operand).itemsize,
+            weight_bytes=inputs.weight.dtype.itemsize,
             device_type=inputs.weight.device.type,
             chunk_size=run.chunk_size,
             logits_budget=run.logits_budget,
+            kernels=run.kernels,
+            no_logits_refused=_no_logits_refused(inputs.weight),
+            main_grad=run.accumulate_into_main_grad,
             teacher_size=None if inputs.teacher is None else inputs.teacher.source.hidden_size,
             weight_grad=inputs.weight.requires_grad,
             hidden_grad=inputs.hidden.requires_grad,
@@ -153,14 +177,19 @@ def plan_call(
 
 def head_call(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, plan: Plan, run: RunOptions) -> HeadCall:
     """Everything the chunk loops need."""
+    backend = row_backend(plan.mode)
+    accumulates = run.accumulate_into_main_grad and inputs.weight.requires_grad and plan.kind != "forward-only"
+    acc = gemm.accumulate_dtype(inputs.operand_dtype)
     return HeadCall(
         labels=inputs.labels,
         temperature=inputs.temperature,
         options=options,
         rows=rows,
         plan=plan,
-        backend=row_backend(plan.mode),
+        backend=backend,
         operand_dtype=inputs.operand_dtype,
+        head=cast(HeadBackend, backend) if plan.kernels == "no_logits" else None,
+        main_grad=MainGrad.of(inputs.weight, acc) if accumulates else None,
         allow_retain_graph=run.allow_retain_graph,
         teacher=inputs.teacher,
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 from xloss.errors import GraphError
 from xloss.head import engine
 from xloss.head.backend import Adjoints, LossTwin
-from xloss.head.engine import ChunkRunner, GradSink, HeadCall
 from xloss.head.first_order import first_order
+from xloss.head.runner import Chunk, ChunkRunner, GradSink, HeadCall
 from xloss.stats import DIFFERENTIABLE, TokenStats
 
 Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -32,6 +32,7 @@ class OnePass(torch.autograd.Function):
         ctx.save_for_backward(*sink.finish())
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.keep, ctx.spent, ctx.scale = call.allow_retain_graph, False, call.backend.scale
+        ctx.main_grad = call.main_grad
         return job.total()
 
     @staticmethod
@@ -43,10 +44,16 @@ class OnePass(torch.autograd.Function):
                 "set allow_retain_graph=True (keeps a copy) or plan='two_pass' (computes them again)"
             )
         ctx.spent = not ctx.keep
+        saved, main_grad = list(ctx.saved_tensors), ctx.main_grad
+        if main_grad is not None and saved[1] is not None:
+            main_grad.add(saved[1], grad_loss)
+            saved[1] = None
         scaled = [
             None if g is None else ctx.scale(g, grad_loss, dtype, in_place=not ctx.keep)
-            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            for g, dtype in zip(saved, ctx.dtypes, strict=True)
         ]
+        if main_grad is not None:
+            scaled[1] = main_grad.given_to_autograd()
         return (*scaled, None, None)
 
 
@@ -117,13 +124,29 @@ class LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, *_ = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, []  # a second backward computes the logits again
         acc = {n: g[: call.rows.num_grad] for n, g in zip(DIFFERENTIABLE, grads, strict=False) if g is not None}
-        with torch.autocast(hidden.device.type, enabled=False):
-            runner = ChunkRunner(call, hidden, weight, bias)
-            sink = GradSink(runner, ctx.needs_input_grad[:3])
-            if acc:
-                acc.setdefault("logprobs", torch.zeros_like(ctx.exact.logprobs))
-                engine.two_pass_backward(runner, sink, kept, ctx.exact, acc)
-        return (*_cast(sink.finish(), (hidden, weight, bias)), None)
+        sums = _two_pass_sums(call, (hidden, weight, bias), ctx.needs_input_grad[:3], kept, ctx.exact, acc)
+        d_hidden, d_weight, d_bias = _cast(sums, (hidden, weight, bias))  # the logits are gone by now
+        if call.main_grad is not None:
+            d_weight = call.main_grad.given_to_autograd()
+        return d_hidden, d_weight, d_bias, None
+
+
+def _two_pass_sums(
+    call: HeadCall,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    needs: tuple[bool, bool, bool],
+    kept: list[Chunk],
+    exact: TokenStats,
+    adjoints: Adjoints,
+) -> Triple:
+    """Pass 2 in accumulator precision; its buffers end with it."""
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        runner = ChunkRunner(call, *inputs)
+        sink = GradSink(runner, needs, None if call.main_grad is None else call.main_grad.buffer)
+        if adjoints:
+            adjoints.setdefault("logprobs", torch.zeros_like(exact.logprobs))
+            engine.two_pass_backward(runner, sink, kept, exact, adjoints)
+    return sink.finish()
 
 
 def _cast(grads: Triple, like: Triple) -> Triple:

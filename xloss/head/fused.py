@@ -2,18 +2,24 @@
 
 The buffer keeps raw logits until ``backward`` or ``loss_rows`` overwrites it with their gradient. With bf16 operands
 that gradient is written as bf16 into the first half of each float32 row, ready for the tensor cores: no second buffer,
-no cast.
+no cast. ``head_stats`` and ``strip_dlogits`` need no logits: they start from hidden states.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from xloss.head.backend import Adjoints, LossTwin, RawRows, RowState
+from xloss.head.backend import Adjoints, LossTwin, RawRows, RowState, TokenRows
 from xloss.head.options import HeadOptions
 from xloss.stats import StatSpec, TokenStats
 from xloss_kernels.dlogits import dlogits
+from xloss_kernels.finalize import finalize
+from xloss_kernels.head_backward import head_dlogits
+from xloss_kernels.head_forward import head_forward
 from xloss_kernels.policy_rows import PolicySpec, policy_rows
 from xloss_kernels.row_stats import row_stats
 from xloss_kernels.scale import cast_scale, scale_
@@ -24,16 +30,12 @@ _TWIN_STATS = StatSpec(entropy=True)  # what the loss kernel returns beside log-
 
 def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowState:
     """One read of the logits, which stay as they are."""
-    want = options.stats
     found = row_stats(
         rows.logits,
         rows.labels,
         _transform(rows, options),
         ignore_index=options.ignore_index,
-        entropy=want.entropy,
-        mean_logit=want.mean_logit,
-        sum_p2=want.sum_p2,
-        top1=want.top1,
+        **_wanted(options.stats),
     )
     return RowState(rows, TokenStats(**found._asdict()))
 
@@ -46,19 +48,12 @@ def resume(rows: RawRows, options: HeadOptions, stats: TokenStats) -> RowState:
 def backward(state: RowState, adjoints: Adjoints, options: HeadOptions, operand: torch.dtype) -> Tensor:
     """One read and one write of the logits."""
     rows, stats = state.rows, state.stats
-    given = {name: value.float().contiguous() for name, value in adjoints.items()}
     return dlogits(
         rows.logits,
         rows.labels,
         stats.lse,
         _transform(rows, options),
-        entropy=stats.entropy,
-        sum_p2=stats.sum_p2,
-        d_logprobs=given.get("logprobs"),
-        d_entropy=given.get("entropy"),
-        d_lse=given.get("lse"),
-        d_mean_logit=given.get("mean_logit"),
-        d_sum_p2=given.get("sum_p2"),
+        **_known(stats, adjoints),
         out=_out(rows.logits, operand),
         ignore_index=options.ignore_index,
     )
@@ -86,6 +81,35 @@ def loss_rows(
     return stats, found.loss, out
 
 
+def head_stats(rows: TokenRows, options: HeadOptions) -> TokenStats:
+    """Partial statistics of vocabulary splits in registers, merged in a fixed order."""
+    want = _wanted(options.stats)
+    partials, label_logits = head_forward(rows.hidden, rows.weight, rows.labels, _transform(rows, options), **want)
+    found = finalize(
+        partials, label_logits, rows.labels, rows.weight.shape[0], ignore_index=options.ignore_index, **want
+    )
+    return TokenStats(**found._asdict())
+
+
+def strip_dlogits(
+    rows: TokenRows, stats: TokenStats, adjoints: Adjoints, options: HeadOptions, strip: slice, out: Tensor
+) -> Tensor:
+    """The strip's logits once more, turned into their gradient before they are written."""
+    whole = _transform(rows, options)
+    return head_dlogits(
+        rows.hidden,
+        rows.weight[strip],
+        rows.labels,
+        stats.lse,
+        whole if whole.bias is None else replace(whole, bias=whole.bias[strip]),
+        **_known(stats, adjoints),
+        ignore_index=options.ignore_index,
+        first_column=strip.start,
+        whole_vocab=rows.weight.shape[0],
+        out=out,
+    )
+
+
 def scale(grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
     """The kernel reads the upstream scalar on the device; where it is 1 and nothing is cast, it does nothing else."""
     upstream = upstream.float()
@@ -94,7 +118,18 @@ def scale(grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool)
     return cast_scale(grad, dtype, upstream)
 
 
-def _transform(rows: RawRows, options: HeadOptions) -> Transform:
+def _known(stats: TokenStats, adjoints: Adjoints) -> dict[str, Any]:
+    """What a dlogits kernel is told: the adjoints, and the statistics their formulas need."""
+    given = {f"d_{name}": value.float().contiguous() for name, value in adjoints.items()}
+    return {"entropy": stats.entropy, "sum_p2": stats.sum_p2, **given}
+
+
+def _wanted(stats: StatSpec) -> dict[str, bool]:
+    """The statistics that kernels make; a divergence is not among them, and the fused mode refuses it before."""
+    return {name: getattr(stats, name) for name in ("entropy", "mean_logit", "sum_p2", "top1")}
+
+
+def _transform(rows: RawRows | TokenRows, options: HeadOptions) -> Transform:
     bias = None if rows.bias is None else rows.bias.contiguous()
     return Transform(options.logit_scale, options.softcap, rows.temperature, bias)
 

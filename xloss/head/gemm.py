@@ -49,35 +49,47 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 def grad_hidden(dlogits: Tensor, weight: Tensor) -> Tensor:
     """``dlogits [C, V] @ weight [V, H]``, ``[C, H]`` in accumulator precision."""
-    if _tensor_cores(weight):
-        operand, scale = _narrow(dlogits, weight.dtype)
-        return torch.mm(operand, weight, out_dtype=torch.float32) * scale
-    out = dlogits.new_empty(dlogits.shape[0], weight.shape[1])
-    for start, stop, block in _wide_blocks(weight):
-        if start == 0:
-            torch.mm(dlogits[:, start:stop], block, out=out)
-        else:
-            out.addmm_(dlogits[:, start:stop], block)
+    out = dlogits.new_empty(dlogits.shape[0], weight.shape[1], dtype=accumulate_dtype(weight.dtype))
+    add_grad_hidden(out, dlogits, weight, first=True)
     return out
+
+
+def add_grad_hidden(acc: Tensor, dlogits: Tensor, weight: Tensor, first: bool) -> None:
+    """``acc [C, H] (+)= dlogits [C, V] @ weight [V, H]``. ``first`` overwrites: ``acc`` may be uninitialised."""
+    if _tensor_cores(weight):
+        _accumulate_narrow(acc, *_narrow(dlogits, weight.dtype), weight, first, transpose=False)
+        return
+    for start, stop, block in _wide_blocks(weight):
+        _accumulate(acc, dlogits[:, start:stop], block, first and start == 0)
 
 
 def add_grad_weight(acc: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
     """``acc [V, H] (+)= dlogits [C, V]^T @ hidden [C, H]``. ``first`` overwrites: ``acc`` may be uninitialised."""
     if _tensor_cores(hidden):
-        operand, scale = _narrow(dlogits, hidden.dtype)
-        if hidden.dtype == torch.float16:
-            product = torch.mm(operand.t(), hidden, out_dtype=torch.float32) * scale
-            acc.copy_(product) if first else acc.add_(product)
-        elif first:
-            torch.mm(operand.t(), hidden, out_dtype=torch.float32, out=acc)
-        else:
-            torch.addmm(acc, operand.t(), hidden, out_dtype=torch.float32, out=acc)
-        return
-    wide = hidden.to(acc.dtype)
-    if first:
-        torch.mm(dlogits.t(), wide, out=acc)
+        _accumulate_narrow(acc, *_narrow(dlogits, hidden.dtype), hidden, first, transpose=True)
     else:
-        acc.addmm_(dlogits.t(), wide)
+        _accumulate(acc, dlogits.t(), hidden.to(acc.dtype), first)
+
+
+def _accumulate(acc: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    if first:
+        torch.mm(left, right, out=acc)
+    else:
+        acc.addmm_(left, right)
+
+
+def _accumulate_narrow(
+    acc: Tensor, dlogits: Tensor, scale: Tensor | float, right: Tensor, first: bool, *, transpose: bool
+) -> None:
+    """``acc (+)= dlogits (or its transpose) @ right * scale`` of tensor-core operands, written in float32."""
+    left = dlogits.t() if transpose else dlogits
+    if isinstance(scale, Tensor):
+        product = torch.mm(left, right, out_dtype=torch.float32).mul_(scale)
+        acc.copy_(product) if first else acc.add_(product)
+    elif first:
+        torch.mm(left, right, out_dtype=torch.float32, out=acc)
+    else:
+        torch.addmm(acc, left, right, out_dtype=torch.float32, out=acc)
 
 
 def _narrow(dlogits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:

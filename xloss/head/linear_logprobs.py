@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from xloss.head import eager, engine
+from xloss.head.choice import KernelChoice
 from xloss.head.dispatch import (
     Mode,
     RunOptions,
@@ -18,6 +19,7 @@ from xloss.head.functions import LinearLogprobs
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
 from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
+from xloss.head.runner import ChunkRunner
 from xloss.stats import DIFFERENTIABLE, StatSpec, TokenStats
 
 
@@ -39,6 +41,8 @@ def linear_logprobs(
     mode: Mode = "auto",
     chunk_size: int | None = None,
     logits_budget: int | None = None,
+    kernels: KernelChoice = "auto",
+    accumulate_into_main_grad: bool = False,
     check_labels: bool = True,
 ) -> TokenStats:
     """Log-probabilities of ``labels`` and other statistics of ``z``, without ever holding ``[T, V]`` logits.
@@ -57,7 +61,9 @@ def linear_logprobs(
         return_entropy, return_mean_logit, return_sum_p2, return_top1: which further statistics to return.
         mode: ``eager`` (holds the logits), ``chunk`` (any device), ``fused`` (Triton), ``auto``.
         chunk_size: tokens per chunk; default by bytes.
-        logits_budget: bytes of logits held at once; default 64 MiB on CPU and 2 GiB on CUDA.
+        logits_budget: bytes of logits held at once; default 64 MiB on CPU and 2 GiB on CUDA; 0 writes none (``fused``).
+        kernels: ``chunked_logits`` or ``no_logits`` to insist; ``auto`` chooses by shape, dtype and budget.
+        accumulate_into_main_grad: add the weight's gradient to ``head_weight.main_grad``.
         check_labels: check the values of labels and temperatures; on CUDA the device does, and a later call fails.
 
     Returns:
@@ -70,7 +76,14 @@ def linear_logprobs(
     """
     spec = StatSpec(return_entropy, return_mean_logit, return_sum_p2, return_top1)
     options = HeadOptions(logit_scale, softcap, ignore_index, spec)
-    run = RunOptions(mode, chunk_size, logits_budget, check_labels=check_labels)
+    run = RunOptions(
+        mode=mode,
+        chunk_size=chunk_size,
+        logits_budget=logits_budget,
+        kernels=kernels,
+        accumulate_into_main_grad=accumulate_into_main_grad,
+        check_labels=check_labels,
+    )
     inputs = gather_inputs(hidden_states, head_weight, head_bias, labels, temperature, options, run)
     stats, _ = token_stats(inputs, options, run, live_rows(inputs.labels, ignore_index))
     return stats.map(lambda x: x.reshape(*inputs.lead, *x.shape[1:]))
@@ -93,9 +106,7 @@ def token_stats(
     else:
         plan = plan_call(inputs, rows, "forward-only", mode, run, reasons)
         call = head_call(inputs, options, rows, plan, run)
-        stats = engine.forward_stats(
-            engine.ChunkRunner(call, inputs.hidden, inputs.weight, inputs.bias), 0, rows.num_live
-        )
+        stats = engine.forward_stats(ChunkRunner(call, inputs.hidden, inputs.weight, inputs.bias), 0, rows.num_live)
     return spread_stats(stats, rows), plan
 
 

@@ -1,4 +1,4 @@
-"""How a call will run: which plan, in which chunks, with how many bytes, and why.
+"""How a call will run: which plan, with which kernels, in which chunks, with how many bytes, and why.
 
 ``make_plan`` is a pure function of sizes, so that ``explain()`` says what the step will do without doing it.
 """
@@ -6,31 +6,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from xloss.errors import UnsupportedError
+from xloss.head.choice import Choice, Kernels, PlanKind, PlanRequest, budget_of, choose, partial_bytes, readable
 
-PlanKind = Literal["one-pass", "two-pass", "forward-only", "eager", "chunked-autograd"]
-MIB = 1 << 20
-# Bytes of logits held at once, work chunk and saved chunks together. On a CPU 64 MiB is where larger chunks stop paying
-# (measured at H=512 V=32000: 256-row chunks cost 4 % over one chunk); on CUDA less than 4096 rows pay for reading W.
-DEFAULT_BUDGET = {"cpu": 64 * MIB, "cuda": 2048 * MIB}
-_ALIGN_ROWS = {"cpu": 16, "cuda": 128}
-_MAX_ROWS = 8192
+__all__ = ["Plan", "PlanKind", "PlanRequest", "make_plan"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call of the head does. Sizes are rows (tokens) and bytes; ``str(plan)`` is a readable report."""
+    """What one call of the head does. Sizes are rows (tokens) and bytes; ``str(plan)`` is a readable report.
+
+    ``logits_bytes`` is the largest buffer of vocabulary-sized work held at once: logits, or, where no logits are
+    written, a strip of dlogits ``[chunk_rows, strip_columns]`` or the partial statistics of a chunk.
+    """
 
     kind: PlanKind
     mode: str
+    kernels: Kernels
     num_rows: int
     num_live: int
     num_grad: int
     hidden_size: int
     vocab_size: int
     chunk_rows: int
+    strip_columns: int
     saved_chunks: int
     logits_bytes: int
     grad_bytes: int
@@ -49,7 +48,7 @@ class Plan:
     def flops(self) -> int:
         """Floating-point operations of the head's matrix products, backward included."""
         recomputed = 0
-        if self.kind == "two-pass":
+        if self.kind == "two-pass" or (self.kernels == "no_logits" and self.kind != "forward-only"):
             recomputed = max(0, self.num_grad - self.saved_chunks * self.chunk_rows)
         projected = self.num_live + recomputed
         backward = 0 if self.kind == "forward-only" else 2 * self.num_grad
@@ -62,112 +61,90 @@ class Plan:
         size = -(-(stop - start) // count) if count else 0
         return [(i, min(i + size, stop)) for i in range(start, stop, size)] if size else []
 
+    def strips(self) -> list[slice]:
+        """The vocabulary in strips of at most ``strip_columns``."""
+        return [slice(i, min(i + self.strip_columns, self.vocab_size))
+                for i in range(0, self.vocab_size, self.strip_columns)]  # fmt: skip
+
     def __str__(self) -> str:
+        if self.kernels == "chunked_logits":
+            kept, held = f"{self.saved_chunks} kept for backward", "logits"
+        elif self.strip_columns:
+            kept, held = "no logits written", f"strip memory (dlogits of {self.strip_columns} columns at a time)"
+        else:
+            kept, held = "no logits written", "partial statistics"
         lines = [
             f"plan {self.kind}, mode {self.mode}: {self.num_rows} tokens, {self.num_live} live,"
             f" {self.num_grad} with a gradient",
             f"  head   H={self.hidden_size} V={self.vocab_size}, {self.flops / 1e9:.3g} GFLOP",
-            f"  chunks {self.num_chunks} of up to {self.chunk_rows} tokens, {self.saved_chunks} kept for backward",
-            f"  memory {_bytes(self.logits_bytes)} of logits, {_bytes(self.grad_bytes)} of gradients",
+            f"  chunks {self.num_chunks} of up to {self.chunk_rows} tokens, {kept}",
+            f"  memory {readable(self.logits_bytes)} of {held}, {readable(self.grad_bytes)} of gradients",
         ]
         return "\n".join(lines + [f"  why    {reason}" for reason in self.reasons])
 
 
-def _bytes(count: int) -> str:
-    """A byte count for people: ``62.5 MiB``."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", MIB), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """Sizes and wishes that decide a plan. ``logit_bytes`` is the width of one logit (4, or 8 for float64).
-
-    ``teacher_size``: hidden size of a second head whose logits stand beside the first's; 0: they are given; ``None``:
-    there is none.
-    """
-
-    kind: PlanKind
-    mode: str
-    num_rows: int
-    num_live: int
-    num_grad: int
-    hidden_size: int
-    vocab_size: int
-    logit_bytes: int
-    device_type: str
-    chunk_size: int | None = None
-    logits_budget: int | None = None
-    weight_grad: bool = True
-    hidden_grad: bool = True
-    teacher_size: int | None = None
-    reasons: tuple[str, ...] = ()
-
-
 def make_plan(request: PlanRequest) -> Plan:
     """Chunk sizes in bytes, not by a ratio of T to V: each chunk reads W once and reads and writes dW once."""
-    r = request
-    row_bytes = r.vocab_size * r.logit_bytes
-    if r.teacher_size is not None:
-        row_bytes *= 2
-    rows, why = _chunk_rows(r, row_bytes)
+    r, choice = request, choose(request)
+    live_chunk = min(choice.rows, max(r.num_grad, r.num_live - r.num_grad))
+    why, saved = choice.why, 0
     if r.teacher_size is not None:
         why += ("half of the logits held are the teacher's",)
-    grad_chunks = -(-r.num_grad // rows)
-    saved = 0
-    if r.kind == "two-pass":
-        fit = _budget(r) // max(1, min(rows, max(r.num_grad, 1)) * row_bytes)
-        saved = grad_chunks if grad_chunks <= fit else max(0, fit - 1)
-        again = grad_chunks - saved
-        why += (f"{saved} chunks of logits are kept for backward, {again} are computed again there",)
-    live_chunk = min(rows, max(r.num_grad, r.num_live - r.num_grad))
-    held = saved if saved and saved == grad_chunks else saved + 1
-    grads = r.logit_bytes * r.hidden_size * (r.vocab_size * r.weight_grad + r.num_rows * r.hidden_grad)
+    if choice.kernels == "no_logits":
+        strip = min(choice.rows, r.num_grad) * choice.columns * r.strip_bytes
+        held = max(strip, partial_bytes(r.vocab_size, live_chunk))
+    elif r.kind == "eager":
+        held = _eager_bytes(r)
+    else:
+        saved, kept_why = _saved_chunks(r, choice)
+        why += kept_why
+        work = 0 if saved and saved * choice.rows >= r.num_grad else 1
+        held = (saved + work) * live_chunk * r.row_bytes
     return Plan(
         kind=r.kind,
         mode=r.mode,
+        kernels=choice.kernels,
         num_rows=r.num_rows,
         num_live=r.num_live,
         num_grad=r.num_grad,
         hidden_size=r.hidden_size,
         vocab_size=r.vocab_size,
-        chunk_rows=rows,
+        chunk_rows=choice.rows,
+        strip_columns=choice.columns,
         saved_chunks=saved,
-        logits_bytes=_eager_bytes(r, row_bytes) if r.kind == "eager" else held * live_chunk * row_bytes,
-        grad_bytes=0 if r.kind == "forward-only" else grads,
-        reasons=r.reasons + why,
+        logits_bytes=held,
+        grad_bytes=0 if r.kind == "forward-only" else _grad_bytes(r, choice),
+        reasons=r.reasons + why + _main_grad_why(r),
         teacher_size=r.teacher_size,
     )
 
 
-def _eager_bytes(r: PlanRequest, row_bytes: int) -> int:
+def _saved_chunks(r: PlanRequest, choice: Choice) -> tuple[int, tuple[str, ...]]:
+    """Chunks of logits that the two-pass plan keeps for its second pass."""
+    if r.kind != "two-pass":
+        return 0, ()
+    chunks = -(-r.num_grad // choice.rows)
+    fit = budget_of(r) // max(1, min(choice.rows, max(r.num_grad, 1)) * r.row_bytes)
+    saved = chunks if chunks <= fit else max(0, fit - 1)
+    return saved, (f"{saved} chunks of logits are kept for backward, {chunks - saved} are computed again there",)
+
+
+def _eager_bytes(r: PlanRequest) -> int:
     """Logits, log-softmax and its gradient for live rows, and the logits of all rows where that is another tensor."""
-    return row_bytes * (3 * r.num_live + (r.num_rows if r.num_live < r.num_rows else 0))
+    return r.row_bytes * (3 * r.num_live + (r.num_rows if r.num_live < r.num_rows else 0))
 
 
-def _budget(r: PlanRequest) -> int:
-    return r.logits_budget if r.logits_budget is not None else DEFAULT_BUDGET.get(r.device_type, DEFAULT_BUDGET["cuda"])
+def _grad_bytes(r: PlanRequest, choice: Choice) -> int:
+    """Accumulators of dW (none where products add to ``main_grad``) and dX, which strips add up a chunk at a time."""
+    own_weight = r.weight_grad and not (r.main_grad and r.kind == "two-pass")
+    summed = min(choice.rows, r.num_grad) if choice.kernels == "no_logits" else 0
+    rows = (r.num_rows + summed) * r.hidden_grad
+    return r.logit_bytes * r.hidden_size * (r.vocab_size * own_weight + rows)
 
 
-def _chunk_rows(r: PlanRequest, row_bytes: int) -> tuple[int, tuple[str, ...]]:
-    most = max(1, r.num_live)
-    if r.kind == "eager":
-        return most, ("eager holds the logits of all tokens",)
-    if r.chunk_size is not None:
-        return min(r.chunk_size, most), (f"chunk_size={r.chunk_size} was asked for",)
-    budget = _budget(r)
-    if most * row_bytes <= budget:
-        return most, (f"one chunk: {_bytes(most * row_bytes)} of logits fit the budget of {_bytes(budget)}",)
-    align = _ALIGN_ROWS.get(r.device_type, 128)
-    fit = budget // row_bytes
-    if fit < 1:
-        raise UnsupportedError(
-            f"logits_budget={budget} bytes does not hold one token's logits ({row_bytes} bytes at V={r.vocab_size}); "
-            "give a larger logits_budget, or chunk_size=1"
-        )
-    rows = min(fit - fit % align or fit, _MAX_ROWS)
-    chunks = -(-most // rows)
-    rows = min(rows, -(-most // chunks // align) * align if most > align else most)
-    return max(1, rows), (f"{chunks} equal chunks: the budget of {_bytes(budget)} holds the logits of {fit} tokens",)
+def _main_grad_why(r: PlanRequest) -> tuple[str, ...]:
+    if not (r.main_grad and r.weight_grad) or r.kind == "forward-only":
+        return ()
+    if r.kind == "two-pass":
+        return ("the products of the weight's gradient add to main_grad",)
+    return ("the weight's gradient is added to main_grad in backward, once the upstream gradient is known",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_type_hints
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.errors import MissingFieldError, OptionError
 from xloss.head.backend import LossTwin
+from xloss.head.choice import KernelChoice
 from xloss.head.dispatch import Mode, RunOptions
 from xloss.head.options import HeadOptions, LiveRows
 from xloss.head.outside_compile import outside_compile
@@ -34,7 +36,9 @@ class BaseLossConfig(StrictModel):
         mode: ``eager`` (holds and returns logits, by autograd), ``chunk`` (any device), ``fused`` (Triton), ``auto``.
         chunk_size: tokens per chunk; ``None`` sizes chunks in bytes.
         plan: ``auto``, or ``two_pass`` to have differentiable ``info.logprobs``, or ``one_pass``.
-        logits_budget: bytes of logits held at once; default 64 MiB on CPU, 2 GiB on CUDA.
+        logits_budget: bytes of logits held at once; default 64 MiB on CPU, 2 GiB on CUDA; 0 writes none (``fused``).
+        kernels: ``chunked_logits`` or ``no_logits`` to insist; ``auto`` chooses by shape, dtype and budget.
+        accumulate_into_main_grad: add the weight's gradient to ``head_weight.main_grad``, as Megatron-LM does.
         temperature: divides the logits; per-token values go into the batch instead.
         softcap: ``c`` in ``c tanh(x / c)``, or ``None``.
         logit_scale: factor on the logits, before the cap.
@@ -51,7 +55,9 @@ class BaseLossConfig(StrictModel):
     mode: Mode = "auto"
     chunk_size: int | None = Field(default=None, gt=0)
     plan: Literal["auto", "one_pass", "two_pass"] = "auto"
-    logits_budget: int | None = Field(default=None, gt=0)
+    logits_budget: int | None = Field(default=None, ge=0)
+    kernels: KernelChoice = "auto"
+    accumulate_into_main_grad: bool = False
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     softcap: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     logit_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -99,7 +105,7 @@ class BaseLossConfig(StrictModel):
 
     def run_options(self) -> RunOptions:
         """How the head runs under this config."""
-        return RunOptions(self.mode, self.chunk_size, self.logits_budget, self.allow_retain_graph, self.check_labels)
+        return RunOptions(**{field.name: getattr(self, field.name) for field in fields(RunOptions)})
 
 
 class BaseLossContext(Generic[InputItem]):

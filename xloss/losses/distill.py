@@ -136,6 +136,7 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
     loss_cfg: DistillLossConfig
     loss_kwargs: DistillLossKwargs
     token_local: ClassVar[bool] = True
+    label_field: ClassVar[str] = "shifted_labels or teacher_topk_ids"
 
     @classmethod
     def calibrate(
@@ -157,6 +158,7 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
         hidden_states: Tensor,
         head_weight: Tensor,
         head_bias: Tensor | None = None,
+        values: Tensor | None = None,
         *,
         teacher_head_weight: Tensor | None = None,
         teacher_head_bias: Tensor | None = None,
@@ -166,13 +168,14 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
 
         Args:
             hidden_states, head_weight, head_bias: the student's.
+            values: refused; there is no value loss here.
             teacher_head_weight: ``[V, H2]``, dtype of ``teacher_hidden_states``; constant, as all of the teacher.
             teacher_head_bias: ``[V]`` or ``None``.
             teacher_logits_fn: instead of tensors in the batch: given int64 numbers ``[C]`` of tokens (of the flattened
                 batch), their logits ``[C, V]``. It may be asked twice for a token and must give the same.
         """
         given = GivenTeacher(teacher_head_weight, teacher_head_bias, teacher_logits_fn)
-        return run.forward(self, hidden_states, head_weight, head_bias, self._teacher(given))
+        return run.forward(self, hidden_states, head_weight, head_bias, self._teacher(given), values)
 
     __call__ = forward
 
@@ -213,9 +216,9 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
 
     def head_labels(self, loss_kwargs: Any) -> Tensor:
         labels: Tensor = loss_kwargs.shifted_labels
-        if self.loss_cfg.topk_mode is None or loss_kwargs.teacher_topk_ids is None:
-            return labels
         ignore, ids = self.loss_cfg.ignore_idx, loss_kwargs.teacher_topk_ids
+        if self.loss_cfg.topk_mode is None or ids is None:
+            return labels
         ids = ids.masked_fill((labels == ignore).unsqueeze(-1), ignore)
         return torch.cat([ids.to(labels.dtype), labels.unsqueeze(-1)], -1)
 

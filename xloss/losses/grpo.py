@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss.errors import OptionError, UnsupportedError
 from xloss.head.backend import LossTwin
 from xloss.head.outside_compile import outside_compile
+from xloss.head.plan import Plan
+from xloss.head.teacher import Teacher
 from xloss.losses import calibration, correction, policy_tokens, run
 from xloss.losses.base import BaseLossContext, TokenLoss, require
 from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem
@@ -25,6 +26,7 @@ from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
 from xloss.losses.policies.base import Coupling
 from xloss.losses.policies.metrics import policy_metrics
 from xloss.losses.reduction import Reduction, ReductionOptions
+from xloss.losses.teacher import reference
 from xloss.losses.value import ValueLossConfig, weighted_value_loss
 from xloss.losses.xtuner_rollout import AnyRolloutCorrection
 from xloss.metrics import Metric
@@ -61,17 +63,24 @@ class GRPOLossConfig(MaskedLossConfig):
 
     @property
     def nll_coef(self) -> float:
-        """Factor of the mean of ``-logprobs`` over positive tokens."""
+        """Factor of the mean negative log-likelihood of positive tokens."""
         return self.positive_nll_coef
-
-    def policy_weights(self, counted: list[Any], weights: list[Tensor]) -> list[Tensor]:
-        """Weights of the policy term from those of ``loss_reduction``; ``counted`` has the labels that they count."""
-        return weights
 
     @model_validator(mode="after")
     def _corrects_once(self) -> GRPOLossConfig:
-        if self.rollout_correction is not None:
-            self.rollout_correction.check_goes_with(self.policy_loss_cfg)
+        policy: PolicyLossConfig = self.policy_loss_cfg
+        if self.rollout_correction is None:
+            return self
+        if policy.folds_is_weights:
+            raise ValueError(
+                f"{type(policy).__name__} folds is_weights into its formula: give those, no rollout_correction"
+            )
+        itself = "rollout_logprobs" in policy.needs or policy.ratio_anchor() == "rollout"
+        if itself and self.rollout_correction.level is not None:
+            raise ValueError(
+                f"{type(policy).__name__} weighs by the sampler itself; the weights of rollout_correction would do it "
+                "twice: set its level to None, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -89,8 +98,11 @@ class GRPOLossConfig(MaskedLossConfig):
             name, None, asked.count_empty_sequences and name.startswith("sample"), asked.grad_reduce
         )
 
-    def coupled_by(self) -> dict[Coupling, str]:
-        """What makes a token's loss depend on others, by how far it reaches; empty where each stands alone."""
+    def coupled_by(self, corrects_in_pass: bool = False) -> dict[Coupling, str]:
+        """What makes a token's loss depend on others, by how far it reaches; empty where each stands alone.
+
+        ``corrects_in_pass``: whether the rollout correction has no ``old_logprobs`` to form its weights from.
+        """
         policy: PolicyLossConfig = self.policy_loss_cfg
         reach, name = policy.couples(), type(policy).__name__
         found = self.masks_couple()
@@ -102,6 +114,8 @@ class GRPOLossConfig(MaskedLossConfig):
             found["batch"] = f"{name} couples the tokens of the micro-batch"
         if self.use_kl_loss and self.kl_ratio_level == "sequence":
             found.setdefault("sequence", "kl_ratio_level='sequence' takes the ratio of the sequence")
+        if corrects_in_pass and self.rollout_correction is not None and self.rollout_correction.needs_sequences:
+            found.setdefault("sequence", "rollout_correction weighs or rejects whole sequences")
         return found
 
     @property
@@ -123,23 +137,18 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     loss_kwargs: GRPOLossKwargs
 
     def is_token_local(self) -> bool:
-        return not self.coupled_by()
-
-    def coupled_by(self) -> dict[Coupling, str]:
-        """What makes a token's loss depend on others, with the reason in words; empty where each stands alone."""
-        found = self.loss_cfg.coupled_by()
-        correction = self.loss_cfg.rollout_correction
-        if correction is not None and correction.needs_sequences and self._corrects_in_pass:
-            found.setdefault("sequence", "rollout_correction weighs or rejects whole sequences")
-        return found
+        return not self._coupled_by()
 
     def why_coupled(self) -> str:
-        return "; ".join(self.coupled_by().values())
+        return "; ".join(self._coupled_by().values())
 
     @property
     def _corrects_in_pass(self) -> bool:
         """Whether the weights of the rollout correction wait for the current log-probs, which stand for the old."""
         return self.loss_cfg.rollout_correction is not None and self.loss_kwargs.old_logprobs is None
+
+    def _coupled_by(self) -> dict[Coupling, str]:
+        return self.loss_cfg.coupled_by(self._corrects_in_pass)
 
     @classmethod
     def calibrate(
@@ -151,10 +160,10 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     ) -> None:
         if not kwargs_list:
             return
-        if loss_cfg.use_kl_loss:
+        if loss_cfg.use_kl_loss and not loss_cfg.full_kl:
             for kwargs in kwargs_list:
                 require(kwargs, "ref_logprobs", _NEED_REF)
-        coupled = loss_cfg.coupled_by()
+        coupled = loss_cfg.coupled_by(policy_tokens.corrects_in_pass(kwargs_list, loss_cfg))
         if coupled and sp_mesh is not None and sp_mesh.size() > 1:
             raise UnsupportedError(
                 f"{'; '.join(coupled.values())}, but sp_mesh cuts sequences into parts; use a loss of each token, or "
@@ -163,12 +172,18 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
         if "group" in coupled:
             calibration.check_whole_groups(kwargs_list, loss_cfg.ignore_idx)
-        policy_tokens.weigh_tokens(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh)
+        policy_tokens.weigh_tokens(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh, cls.policy_weights)
+
+    @classmethod
+    def policy_weights(cls, counted: list[Any], weights: list[Tensor], loss_cfg: Any) -> list[Tensor]:
+        """Weights of the policy term from those of ``loss_reduction``; ``counted`` has the labels that they count."""
+        return weights
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "policy_loss_weight", _CALL_BUILD)
         if self.loss_cfg.use_kl_loss:
-            require(self.loss_kwargs, "ref_logprobs", _NEED_REF)
+            if not self.loss_cfg.full_kl:
+                require(self.loss_kwargs, "ref_logprobs", _NEED_REF)
             require(self.loss_kwargs, "kl_loss_weight", _CALL_BUILD)
             if self.loss_cfg.kl_ratio_anchor == "rollout":
                 require(self.loss_kwargs, "rollout_logprobs", "kl_ratio_anchor='rollout' takes the ratio to them")
@@ -184,31 +199,13 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         for name in policy.needs:
             field = "group_ids" if name == "groups" else name
             require(self.loss_kwargs, field, f"{type(policy).__name__} cannot do without it")
-        coupled = self.coupled_by()
+        coupled = self._coupled_by()
         if coupled and self.loss_kwargs.cut:
             raise UnsupportedError(f"{self.why_coupled()}: kwargs that chunk() cut hold parts of them; cat() first")
         labels = self.loss_kwargs.shifted_labels
         if coupled.keys() & {"sequence", "group"} and (labels.ndim == 1 or labels.shape[0] == 1):
             why = f"{self.why_coupled()}: cu_seq_lens_list tells which, [0, {labels.numel()}] if it is one"
             require(self.loss_kwargs, "cu_seq_lens", why)
-
-    @outside_compile
-    def forward(
-        self,
-        hidden_states: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None = None,
-        *,
-        values: Tensor | None = None,
-    ) -> tuple[Tensor, LossInfo]:
-        """As every context; with a value loss also ``values`` of a critic, in the shape of ``shifted_labels``.
-
-        Raises:
-            OptionError: ``values`` without ``value_loss`` in the config.
-        """
-        return run.forward(self, hidden_states, head_weight, head_bias, values=values)
-
-    __call__ = forward
 
     def value_losses(self, values: Tensor | None) -> tuple[Tensor, dict[str, Metric]] | None:
         cfg, kwargs = self.loss_cfg, self.loss_kwargs
@@ -222,10 +219,54 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             require(kwargs, "old_values", f"value_clip={cfg.value_loss.value_clip} needs it")
         return weighted_value_loss(cfg.value_loss, values, kwargs.narrowed(cfg.ignore_idx), weight, cfg.ignore_idx)
 
+    @outside_compile
+    def forward(
+        self,
+        hidden_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None = None,
+        *,
+        values: Tensor | None = None,
+        ref_head_weight: Tensor | None = None,
+        ref_head_bias: Tensor | None = None,
+    ) -> tuple[Tensor, LossInfo]:
+        """As ``BaseLossContext.forward``, and what some configs need beside.
+
+        Args:
+            hidden_states: as there. head_weight: as there. head_bias: as there.
+            values: of a critic, in the shape of ``shifted_labels``, with gradient; for ``value_loss``.
+            ref_head_weight: of the reference, constant; for ``kl_loss_type="full"``. ref_head_bias: its bias.
+
+        Raises:
+            OptionError: one of them is given and the config has no use for it.
+        """
+        ref = self._reference(ref_head_weight, ref_head_bias)
+        return run.forward(self, hidden_states, head_weight, head_bias, ref, values)
+
+    __call__ = forward
+
+    def explain(
+        self,
+        hidden_states: Tensor | None = None,
+        head_weight: Tensor | None = None,
+        head_bias: Tensor | None = None,
+        *,
+        ref_head_weight: Tensor | None = None,
+        ref_head_bias: Tensor | None = None,
+    ) -> Plan:
+        """As ``BaseLossContext.explain``; takes what ``forward`` takes."""
+        ref = None if hidden_states is None else self._reference(ref_head_weight, ref_head_bias)
+        return run.explain(self, hidden_states, head_weight, head_bias, ref)
+
+    def _reference(self, head_weight: Tensor | None, head_bias: Tensor | None) -> Teacher | None:
+        kw = self.loss_kwargs
+        return reference(kw, self.loss_cfg, self.head_temperature(kw), head_weight, head_bias)
+
     def stats_needed(self) -> StatSpec:
         cfg = self.loss_cfg
         ranked = cfg.top_entropy_quantile is not None
-        return StatSpec(entropy=cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy)
+        entropy = cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy
+        return StatSpec(entropy=entropy, divergence=cfg.full_kl)
 
     def live_mask(self) -> Tensor:
         if self.is_token_local():
@@ -251,7 +292,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         cfg, kw = self.loss_cfg, loss_kwargs
         policy: PolicyLossConfig = cfg.policy_loss_cfg
         known = policy.twin() if self.is_token_local() else None
-        if known is None or self._corrects_in_pass or kw.nll_loss_weight is not None:
+        if known is None or self._corrects_in_pass or kw.nll_loss_weight is not None or cfg.full_kl:
             return None
         if cfg.use_kl_loss and not cfg.kl_in_kernel(policy.ratio_anchor()):
             return None
@@ -267,6 +308,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         numbers["entropy_coef"] = 1.0 if cfg.entropy_coef else 0.0
         if not cfg.use_kl_loss or cfg.kl_loss_type is None:
             return LossTwin(loss, numbers, vectors=vectors)
+        assert cfg.kl_loss_type != "full"
         numbers |= cfg.kl_numbers()
         return LossTwin(loss, numbers, KL_ESTIMATOR[cfg.kl_loss_type], cfg.kl_loss_grad, vectors)
 
@@ -297,7 +339,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             advantages=kw.advantages,
             rollout_logprobs=kw.rollout_logprobs,
             ref_logprobs=kw.ref_logprobs,
-            is_weights=kw.sample_weights() if self.loss_cfg.policy_loss_cfg.folds_is_weights else None,
+            is_weights=kw.is_weights if self.loss_cfg.policy_loss_cfg.folds_is_weights else None,
             entropy=stats.entropy,
             sequences=sequences,
             groups=kw.group_ids,
@@ -308,30 +350,24 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         batch = self.policy_batch(stats, kw)
         valid = None if batch.sequences is None else batch.sequences.valid
         policy: PolicyLossConfig = cfg.policy_loss_cfg
-        weight = kw.policy_loss_weight
-        figures: dict[str, Metric] = {}
-        if cfg.rollout_correction is not None and self._corrects_in_pass:
-            correcting, figures = correction.correct_in_pass(cfg.rollout_correction, batch)
-            if policy.folds_is_weights:
-                given = batch.is_weights
-                batch = replace(batch, is_weights=correcting if given is None else given * correcting)
-            else:
-                weight = weight * correcting
         leveled = batch.at(policy.level())
         loss = policy.per_token(leveled)
         masks = cfg.policy_masks(batch)
         for mask in (*masks.values(), valid):
             if mask is not None:
                 loss = loss.masked_fill(~mask, 0)
-        loss = loss * weight
+        loss = loss * kw.policy_loss_weight
         metrics = policy_metrics(batch, leveled, policy.ratio_bounds()) | policy.metrics(leveled)
         metrics |= {f"{name}_masked_frac": Metric.mean((~mask).to(loss.dtype), valid) for name, mask in masks.items()}
-        metrics |= figures
+        if cfg.rollout_correction is not None and self._corrects_in_pass:
+            weights, figures = correction.correct_in_pass(cfg.rollout_correction, batch)
+            loss = loss * weights
+            metrics |= figures
         if kw.nll_loss_weight is not None:
             loss = loss - batch.logprobs * kw.nll_loss_weight
         if cfg.use_kl_loss:
             sampled = kw.rollout_logprobs if cfg.kl_ratio_anchor == "rollout" else self._old(kw)
-            kl = kl_of(cfg, batch, sampled)
+            kl = kl_of(cfg, batch, sampled, stats.divergence)
             loss = loss + kl * kw.kl_loss_weight
             metrics["ref_kl"] = Metric.mean(kl, valid)
         if stats.entropy is not None:

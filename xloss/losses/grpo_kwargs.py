@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 from torch import Tensor
 
@@ -19,10 +19,11 @@ class _PolicyFields(TokenBatch):
     rewards: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     returns: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     old_values: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    ref_hidden_states: Annotated[Tensor | None, PerToken(pad=0.0, trailing=True, head_only=True)] = None
 
 
 class RLLossContextInputItem(_PolicyFields, BaseLossContextInputItem):
-    """One micro-batch of rollouts. All tensors have the shape of ``shifted_labels``.
+    """One micro-batch of rollouts. All tensors but ``ref_hidden_states`` have the shape of ``shifted_labels``.
 
     Args:
         advantages: per token; the same for all tokens of a response in GRPO.
@@ -35,6 +36,7 @@ class RLLossContextInputItem(_PolicyFields, BaseLossContextInputItem):
         rewards: of the token's answer; tells which are positive. ``None``: those of positive advantage.
         returns: what the critic's values should be.
         old_values: of the critic at the start of the step, for ``value_clip``.
+        ref_hidden_states: ``[.., H2]`` of the frozen reference, for ``kl_loss_type="full"``.
     """
 
 
@@ -63,16 +65,9 @@ class GRPOLossKwargs(_PolicyFields, BaseLossKwargs):
         """``weight``, 0 at tokens outside ``loss_mask``."""
         return weight if self.loss_mask is None else weight.masked_fill(~self.loss_mask, 0)
 
-    def narrowed(self, ignore_idx: int) -> GRPOLossKwargs:
+    def narrowed(self, ignore_idx: int) -> Self:
         """The same with labels outside ``loss_mask`` ignored."""
-        mask = self.loss_mask
-        return (
-            self
-            if mask is None
-            else self.replaced({"shifted_labels": self.shifted_labels.masked_fill(~mask, ignore_idx)})
-        )
-
-    def sample_weights(self) -> Tensor | None:
-        """Product of ``is_weights`` and ``rollout_weights``, for losses that fold them in."""
-        found = [w for w in (self.is_weights, self.rollout_weights) if w is not None]
-        return None if not found else found[0] if len(found) == 1 else found[0] * found[1]
+        if self.loss_mask is None:
+            return self
+        labels = self.shifted_labels.masked_fill(~self.loss_mask, ignore_idx)
+        return self.replaced({"shifted_labels": labels})

@@ -22,7 +22,8 @@ class KLPenaltyConfig(ReducedLossConfig):
     Args:
         use_kl_loss: add the KL penalty; needs ``ref_logprobs``.
         kl_loss_coef: its factor.
-        kl_loss_type: its estimator, required with ``use_kl_loss``.
+        kl_loss_type: its estimator, required with ``use_kl_loss``; or ``full``, the exact KL(policy, reference) over
+            the vocabulary, which needs ``ref_hidden_states`` instead and the reference's head in ``forward``.
         kl_loss_grad: its gradient: ``plain``, ``straight_through``, ``unbiased`` or ``score_function``
             (``xloss.policy.kl.kl_penalty``).
         kl_ratio_anchor: whose samples ``unbiased`` corrects for: ``old`` (as the policy loss finds it) or ``rollout``.
@@ -34,7 +35,7 @@ class KLPenaltyConfig(ReducedLossConfig):
 
     use_kl_loss: bool = False
     kl_loss_coef: float = Field(default=0.001, allow_inf_nan=False)
-    kl_loss_type: KLType | None = None
+    kl_loss_type: KLType | Literal["full"] | None = None
     kl_loss_grad: KLGrad = "plain"
     kl_ratio_anchor: Anchor = "old"
     kl_ratio_level: Literal["token", "sequence"] = "token"
@@ -56,26 +57,42 @@ class KLPenaltyConfig(ReducedLossConfig):
                 "kl_clamp_straight_through=True means nothing with kl_loss_grad='straight_through', whose gradient no "
                 "clamp stops"
             )
+        of_estimators = ("kl_loss_grad", "kl_clamp_in", "kl_clamp_out", "kl_clamp_straight_through")
+        for name in of_estimators if self.kl_loss_type == "full" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is about estimates from one token; kl_loss_type='full' is exact, "
+                    "and so is its gradient"
+                )
         return self
+
+    @property
+    def full_kl(self) -> bool:
+        """Whether the penalty compares whole distributions."""
+        return self.use_kl_loss and self.kl_loss_type == "full"
 
     def kl_in_kernel(self, anchor: Anchor) -> bool:
         """Whether kernels can form the penalty beside a policy loss with this anchor."""
         same_ratio = self.kl_loss_grad != "unbiased" or self.kl_ratio_anchor == anchor
-        return same_ratio and not self.kl_clamp_straight_through
+        return same_ratio and not self.kl_clamp_straight_through and not self.full_kl
 
     def kl_numbers(self) -> dict[str, float]:
         """Numbers of the penalty as kernels take them."""
-        assert self.kl_loss_type is not None
+        assert self.kl_loss_type is not None and self.kl_loss_type != "full"
         limits = kl_limits(self.kl_loss_type, self.kl_clamp_in, self.kl_clamp_out)
         inner, outer = (math.inf if limit is None else limit for limit in limits)
         return {"kl_clamp_in": inner, "kl_clamp_out": outer}
 
 
-def kl_of(cfg: KLPenaltyConfig, batch: PolicyBatch, sampled: Tensor | None) -> Tensor:
+def kl_of(cfg: KLPenaltyConfig, batch: PolicyBatch, sampled: Tensor | None, divergence: Tensor | None) -> Tensor:
     """The penalty of each token ``[T]``, before its coefficient.
 
     ``sampled``: log-probs of the policy whose samples ``unbiased`` corrects for; ``None``: the current one's.
+    ``divergence``: that of the whole distributions, for ``full``.
     """
+    if cfg.kl_loss_type == "full":
+        assert divergence is not None
+        return divergence
     assert cfg.kl_loss_type is not None and batch.ref_logprobs is not None
     log_ratio = None
     if cfg.kl_loss_grad == "unbiased":

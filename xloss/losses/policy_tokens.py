@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from xloss.errors import MissingFieldError, OptionError, UnsupportedError
+from xloss.errors import MissingFieldError, OptionError
 from xloss.losses import calibration
 from xloss.losses.correction import correct_batches, correction_metrics
 from xloss.losses.nonfinite import finite_tokens, nonfinite_metrics
@@ -17,14 +17,20 @@ from xloss.losses.reduction import reduction_weights
 if TYPE_CHECKING:
     from xloss.losses.grpo import GRPOLossConfig
 
+PolicyWeights = Callable[[list[Any], list[Tensor], Any], list[Tensor]]
+
 
 def weigh_tokens(
     kwargs_list: Sequence[Any],
     cfg: GRPOLossConfig,
     cu_seq_lens_list: Sequence[Tensor] | None,
     sp_mesh: DeviceMesh | None,
+    policy_weights: PolicyWeights,
 ) -> None:
-    """Set every weight of every micro-batch, in place: what takes part, corrected, over the global denominators."""
+    """Set every weight of every micro-batch, in place: what takes part, corrected, over the global denominators.
+
+    ``policy_weights(counted, weights, cfg)`` gives those of the policy term, before corrections.
+    """
     counted = settle_tokens(kwargs_list, cfg, cu_seq_lens_list, sp_mesh)
     options, entropy_options = cfg.reduction_options(), cfg.entropy_reduction_options()
     weights = reduction_weights(counted, cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
@@ -33,13 +39,11 @@ def weigh_tokens(
         entropy_weights = reduction_weights(counted, cfg.ignore_idx, entropy_options, cu_seq_lens_list, sp_mesh)
     num_tokens = calibration.global_sum([kwargs.shifted_labels != cfg.ignore_idx for kwargs in counted])
     folded = cfg.policy_loss_cfg.folds_is_weights
-    of_policy = cfg.policy_weights(counted, weights)
-    for kwargs, *wholes in zip(kwargs_list, weights, entropy_weights, of_policy, strict=True):
-        weight, entropy_weight, policy_weight = map(kwargs.taking_part, wholes)
-        for factor in () if folded else (kwargs.is_weights, kwargs.rollout_weights):
-            if factor is not None:
-                policy_weight = policy_weight * factor.masked_fill(policy_weight == 0, 0)
-        kwargs.policy_loss_weight = policy_weight
+    for kwargs, *whole in zip(
+        kwargs_list, weights, entropy_weights, policy_weights(counted, weights, cfg), strict=True
+    ):
+        weight, entropy_weight, policy = (kwargs.taking_part(w) for w in whole)
+        kwargs.policy_loss_weight = policy if folded else corrected(kwargs, policy)
         kwargs.kl_loss_weight = weight * cfg.kl_loss_coef if cfg.use_kl_loss else None
         kwargs.entropy_loss_weight = entropy_weight * cfg.entropy_coef if cfg.entropy_coef else None
         kwargs.value_loss_weight = None if cfg.value_loss is None else weight * cfg.value_loss_coef
@@ -67,7 +71,7 @@ def settle_tokens(
     if cfg.nonfinite == "drop":
         metrics = [nonfinite_metrics(f, v) for f, v in zip(finite, labelled, strict=True)]
     weights: list[Tensor | None] = [None for _ in kwargs_list]
-    if correction is not None and not corrects_in_pass(kwargs_list, cfg, sp_mesh):
+    if correction is not None and not corrects_in_pass(kwargs_list, cfg):
         found = correct_batches(kwargs_list, finite, correction, cu_seq_lens_list, sp_mesh)
         weights = [c.weight for c in found]
         metrics = [m | correction_metrics(c, correction) for m, c in zip(metrics, found, strict=True)]
@@ -84,7 +88,7 @@ def settle_tokens(
     return out
 
 
-def corrects_in_pass(kwargs_list: Sequence[Any], cfg: GRPOLossConfig, sp_mesh: DeviceMesh | None) -> bool:
+def corrects_in_pass(kwargs_list: Sequence[Any], cfg: GRPOLossConfig) -> bool:
     """Whether the correction waits for the current log-probs: there are no ``old_logprobs``. Raises where it cannot."""
     correction = cfg.rollout_correction
     if correction is None:
@@ -102,12 +106,15 @@ def corrects_in_pass(kwargs_list: Sequence[Any], cfg: GRPOLossConfig, sp_mesh: D
                 f"rollout_correction.{name} needs the weights of the whole step where its batches are built, so it "
                 "needs old_logprobs; on-policy weights are known in the pass only"
             )
-    if all(missing) and correction.needs_sequences and sp_mesh is not None and sp_mesh.size() > 1:
-        raise UnsupportedError(
-            "a rollout_correction of whole sequences without old_logprobs cannot run on parts of sequences, which "
-            "sp_mesh makes: give old_logprobs"
-        )
     return all(missing)
+
+
+def corrected(kwargs: Any, weight: Tensor) -> Tensor:
+    """``weight`` times ``is_weights`` and ``rollout_weights``; what these hold where it is 0 is not read."""
+    for factor in (kwargs.is_weights, kwargs.rollout_weights):
+        if factor is not None:
+            weight = weight * factor.masked_fill(weight == 0, 0)
+    return weight
 
 
 def positive_tokens(kwargs: Any, ignore_idx: int) -> Tensor:

@@ -15,6 +15,7 @@ from xloss.head.functions import LinearLogprobs, OnePass, OnePassJob
 from xloss.head.linear_logprobs import spread_stats
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
 from xloss.head.plan import Plan, PlanKind
+from xloss.head.runner import ChunkRunner
 from xloss.head.teacher import Teacher
 from xloss.losses.chunked_autograd import run_chunked, split_result
 from xloss.losses.info import LossInfo
@@ -242,9 +243,7 @@ def _chunked_stats(run: _Run, plan: Plan) -> TokenStats:
     call = head_call(run.inputs, run.options, run.rows, plan, run.run_options)
     inputs = run.inputs
     if plan.kind == "forward-only":
-        return engine.forward_stats(
-            engine.ChunkRunner(call, inputs.hidden, inputs.weight, inputs.bias), 0, run.rows.num_live
-        )
+        return engine.forward_stats(ChunkRunner(call, inputs.hidden, inputs.weight, inputs.bias), 0, run.rows.num_live)
     *values, top1 = LinearLogprobs.apply(inputs.hidden, inputs.weight, inputs.bias, call)
     return TokenStats(**dict(zip(DIFFERENTIABLE, values, strict=True)), top1=top1)
 

@@ -1,4 +1,4 @@
-"""Which teacher a distillation batch was given: exactly one, and one that the config is about."""
+"""Which second distribution a batch was given: exactly one teacher, and one that the config is about; a reference."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from xloss.errors import MissingFieldError, OptionError, ShapeError
-from xloss.head.teacher import LogitsFn, TeacherHead, TeacherLogits
+from xloss.head.teacher import LogitsFn, Teacher, TeacherHead, TeacherLogits
 from xloss.losses.base import require
+from xloss.policy.divergence import Divergence
 
 if TYPE_CHECKING:
     from xloss.losses.distill import DistillLossConfig, DistillLossKwargs
+    from xloss.losses.grpo import GRPOLossConfig
+    from xloss.losses.grpo_kwargs import GRPOLossKwargs
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,33 @@ class GivenTeacher:
             return TeacherLogits(self.logits_fn)
         assert kw.teacher_logits is not None
         return TeacherLogits(_flat(kw.teacher_logits))
+
+
+def reference(
+    kw: GRPOLossKwargs,
+    cfg: GRPOLossConfig,
+    temperature: float | Tensor,
+    head_weight: Tensor | None,
+    head_bias: Tensor | None,
+) -> Teacher | None:
+    """The reference policy of ``kl_loss_type="full"``, with the policy's own scale, cap and temperature.
+
+    Raises ``OptionError`` for a reference head that nothing reads, ``MissingFieldError`` where one is needed.
+    """
+    if not cfg.full_kl:
+        if head_weight is not None or head_bias is not None:
+            raise OptionError(
+                "ref_head_weight and ref_head_bias are for use_kl_loss=True and kl_loss_type='full'; "
+                f"got use_kl_loss={cfg.use_kl_loss} and kl_loss_type={cfg.kl_loss_type!r}"
+            )
+        return None
+    if head_weight is None:
+        raise MissingFieldError("kl_loss_type='full' needs the reference's head: give forward ref_head_weight")
+    hidden = _flat(require(kw, "ref_hidden_states", "kl_loss_type='full' compares with the reference's distribution"))
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(-1)
+    source = TeacherHead(hidden, head_weight, head_bias, cfg.logit_scale, cfg.softcap)
+    return Teacher(source, Divergence("reverse_kl"), temperature)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -159,11 +159,13 @@ class TISConfig(ClippedRatioConfig):
     clip_high_threshold: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
+        low, high = self.ratio_bounds()
         return surrogate.cispo(
             batch.logprobs,
             batch.old_logprobs,
             batch.advantages,
-            **self.thresholds(),
+            clip_low_threshold=low,
+            clip_high_threshold=high,
             log_ratio_clamp=self.log_ratio_clamp,
         )
 

@@ -1,4 +1,4 @@
-"""The launches that `report` compiles: every hot kernel, with all options on and with the usual ones."""
+"""The launches that `compiled.py` compiles: every kernel, with all options on and with the usual ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from xloss_kernels import dlogits, finalize, head_backward, head_forward, policy_rows, row_stats, scale, tiles
+from xloss_kernels.compiled import ARCHS
 from xloss_kernels.policy_rows import PolicySpec
 from xloss_kernels.transform import Transform
 
@@ -113,6 +114,11 @@ def _finalize(arch: int) -> object:
         partials, torch.empty(256), torch.zeros(256, dtype=torch.int64), _VOCAB, entropy=True, top1=True)  # fmt: skip
 
 
+def points(kernel: str = "") -> list[tuple[Case, int]]:
+    """Every case of kernels whose name contains `kernel`, with every architecture it is for."""
+    return [(case, arch) for case in CASES if kernel in case.kernel for arch in ARCHS if arch >= case.min_arch]
+
+
 _GRPO_FULL = PolicySpec("ppo", dual_clip=3.0, kl="k3", entropy_coef=0.01, z_loss_coef=1e-4)
 _FLOAT32, _BF16 = torch.float32, torch.bfloat16
 
@@ -145,6 +151,7 @@ CASES = (
     Case(head_backward, "head_dlogits_kernel", "bf16, entropy", _head_dlogits(_BF16)),
     Case(head_backward, "head_dlogits_kernel", "bf16, every option", _head_dlogits(_BF16, full=True)),
     Case(finalize, "finalize_kernel", "126 splits", _finalize),
+    Case(finalize, "merge_kernel", "126 splits", lambda arch: finalize.merge_partials(torch.empty(126, 6, 256))),
     Case(
         scale,
         "scale_kernel",

@@ -1,0 +1,195 @@
+"""One call of the head: its options, its operands, its buffers, and where its gradients go.
+
+``HeadCall`` is the one options object that crosses; tensors that autograd tracks are passed beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xloss.head import gemm
+from xloss.head.backend import HeadBackend, RawRows, RowBackend, RowState, TokenRows
+from xloss.head.main_grad import MainGrad
+from xloss.head.options import HeadOptions, LiveRows
+from xloss.head.plan import Plan
+from xloss.head.teacher import Teacher
+from xloss.stats import TokenStats, mask_ignored
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """One call of the head on flattened tokens: labels ``[T]`` or ``[T, K]``, temperature scalar or ``[T]``.
+
+    ``head`` is there where the plan writes no logits; ``main_grad`` where the weight's gradient goes there.
+    """
+
+    labels: Tensor
+    temperature: float | Tensor
+    options: HeadOptions
+    rows: LiveRows
+    plan: Plan
+    backend: RowBackend
+    operand_dtype: torch.dtype
+    head: HeadBackend | None = None
+    main_grad: MainGrad | None = None
+    allow_retain_graph: bool = False
+    teacher: Teacher | None = None
+
+
+@dataclass
+class Chunk:
+    """A chunk of live rows after its forward: rows ``start:stop`` of the live order, their hidden states and state."""
+
+    start: int
+    stop: int
+    hidden: Tensor
+    state: RowState
+
+
+class ChunkRunner:
+    """Runs chunks of one call over one work buffer, operands cast once."""
+
+    def __init__(self, call: HeadCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.call = call
+        self.hidden = hidden.detach()
+        self.weight = weight.detach().to(call.operand_dtype)
+        self.bias = None if bias is None else bias.detach()
+        self._buffer: Tensor | None = None
+
+    def new_buffer(self, rows: int) -> Tensor:
+        """An uninitialised ``[1, rows, V]`` buffer of logits; ``[2, rows, V]`` where a teacher's stand beside them."""
+        dtype = gemm.accumulate_dtype(self.call.operand_dtype)
+        sides = 1 if self.call.teacher is None else 2
+        return self.hidden.new_empty((sides, rows, self.weight.shape[0]), dtype=dtype)
+
+    def work_buffer(self, rows: int) -> Tensor:
+        """The shared buffer's first rows; grows to the largest chunk and is reused."""
+        if self._buffer is None or self._buffer.shape[1] < rows:
+            self._buffer = None  # free the smaller one first
+            self._buffer = self.new_buffer(rows)
+        return self._buffer[:, :rows]
+
+    def operand(self, places: Tensor | slice) -> Tensor:
+        """Hidden states at ``places`` as a GEMM operand. What stands at an ignored token must not matter, be it NaN."""
+        hidden = self.hidden[places].to(self.call.operand_dtype)
+        if self.call.rows.counted:
+            return hidden
+        ignored = self.call.labels[places] == self.call.options.ignore_index
+        return hidden.masked_fill((ignored if ignored.ndim == 1 else ignored.all(1)).unsqueeze(1), 0)
+
+    def temperature(self, places: Tensor | slice) -> float | Tensor:
+        """The scalar, or the part of the per-token temperature that belongs to ``places``."""
+        t = self.call.temperature
+        return t[places] if isinstance(t, Tensor) else t
+
+    def project(self, hidden: Tensor, places: Tensor | slice, buffer: Tensor) -> RawRows:
+        """Raw logits of operands ``hidden [C, H]``, which stand at ``places`` in ``[T]``, with what belongs to them."""
+        call = self.call
+        teacher = None if call.teacher is None else call.teacher.rows(places, buffer[1])
+        logits = gemm.project(hidden, self.weight, buffer[0])
+        return RawRows(logits, call.labels[places], self.temperature(places), self.bias, teacher)
+
+    def token_rows(self, places: Tensor | slice) -> TokenRows:
+        """Tokens at ``places`` in ``[T]`` for the kernels that write no logits, which read contiguous rows."""
+        hidden = self.operand(places)
+        if hidden.stride(1) != 1:
+            hidden = hidden.contiguous()
+        return TokenRows(hidden, self.weight, self.call.labels[places], self.temperature(places), self.bias)
+
+    def forward(self, start: int, stop: int, buffer: Tensor, *, for_backward: bool) -> Chunk:
+        """Logits and statistics of live rows ``start:stop`` in ``buffer``."""
+        places = row_places(self.call.rows, start, stop)
+        hidden = self.operand(places)
+        rows = self.project(hidden, places, buffer)
+        state = self.call.backend.forward(rows, self.call.options, for_backward=for_backward)
+        return Chunk(start, stop, hidden, state)
+
+    def statistics(self, start: int, stop: int) -> TokenStats:
+        """Statistics of live rows ``start:stop``, 0 at ignored labels; nothing kept."""
+        if self.call.head is not None:
+            return self.call.head.head_stats(
+                self.token_rows(row_places(self.call.rows, start, stop)), self.call.options
+            )
+        return masked_stats(
+            self.call, self.forward(start, stop, self.work_buffer(stop - start), for_backward=False).state
+        )
+
+
+class GradSink:
+    """Gradients of hidden, weight and bias, added up chunk by chunk in float32; absent ones cost nothing.
+
+    ``into``: the weight's gradient is added to this buffer, and is not ``finish``'s to return.
+    """
+
+    def __init__(self, runner: ChunkRunner, needs: tuple[bool, bool, bool], into: Tensor | None = None) -> None:
+        hidden, weight = runner.hidden, runner.weight
+        acc = gemm.accumulate_dtype(runner.call.operand_dtype)
+        self.runner = runner
+        # bf16 has float32's range, so its gradient can wait in bf16; float16's cannot
+        keep = torch.bfloat16 if hidden.dtype == torch.bfloat16 else acc
+        self.hidden = torch.zeros(hidden.shape, dtype=keep, device=hidden.device) if needs[0] else None
+        self._own_weight = into is None
+        self.weight = into
+        if self._own_weight and needs[1]:
+            self.weight = torch.empty(weight.shape, dtype=acc, device=weight.device)
+        self.bias = torch.zeros(weight.shape[0], dtype=acc, device=weight.device) if needs[2] else None
+        self._empty = True
+
+    def add(self, dlogits: Tensor, hidden: Tensor, places: Tensor | slice) -> None:
+        """A chunk's gradient of raw logits ``[C, V]`` with its hidden states ``[C, H]`` and places in ``[T]``."""
+        if self.hidden is not None:
+            self.hidden[places] = gemm.grad_hidden(dlogits, self.runner.weight).to(self.hidden.dtype)
+        if self.weight is not None:
+            gemm.add_grad_weight(self.weight, dlogits, hidden, self._own_weight and self._empty)
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+        self._empty = False
+
+    def add_strips(
+        self, rows: TokenRows, places: Tensor | slice, stats: TokenStats, adjoints: dict[str, Tensor]
+    ) -> None:
+        """The same for a chunk whose gradient is made a strip of the vocabulary at a time."""
+        call, hidden, weight = self.runner.call, rows.hidden, rows.weight
+        assert call.head is not None
+        tokens, dtype = hidden.shape[0], strip_dtype(call.operand_dtype)
+        acc = gemm.accumulate_dtype(call.operand_dtype)
+        total = hidden.new_empty(hidden.shape, dtype=acc) if self.hidden is not None else None
+        buffer = hidden.new_empty((tokens, call.plan.strip_columns), dtype=dtype)
+        for strip in call.plan.strips():
+            out = buffer[:, : strip.stop - strip.start]
+            dlogits = call.head.strip_dlogits(rows, stats, adjoints, call.options, strip, out)
+            if total is not None:
+                gemm.add_grad_hidden(total, dlogits, weight[strip], first=strip.start == 0)
+            if self.weight is not None:
+                gemm.add_grad_weight(self.weight[strip], dlogits, hidden, self._own_weight and self._empty)
+            if self.bias is not None:
+                self.bias[strip] += dlogits.sum(0, dtype=acc)
+        if self.hidden is not None and total is not None:
+            self.hidden[places] = total.to(self.hidden.dtype)
+        self._empty = False
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The sums; zero where no row had a gradient."""
+        if not self._own_weight:
+            return self.hidden, None, self.bias
+        if self._empty and self.weight is not None:
+            self.weight.zero_()
+        return self.hidden, self.weight, self.bias
+
+
+def strip_dtype(operand: torch.dtype) -> torch.dtype:
+    """dtype of a strip of dlogits: bf16 goes to the tensor cores as it is, float16 is first scaled, from float32."""
+    return torch.bfloat16 if operand == torch.bfloat16 else torch.float32
+
+
+def row_places(rows: LiveRows, start: int, stop: int) -> Tensor | slice:
+    """Where live rows ``start:stop`` stand in ``[T]``."""
+    return slice(start, stop) if rows.index is None else rows.index[start:stop]
+
+
+def masked_stats(call: HeadCall, state: RowState) -> TokenStats:
+    """A chunk's statistics as the outside sees them: 0 at ignored labels."""
+    return mask_ignored(state.stats, state.rows.labels, call.options.ignore_index)
