@@ -16,16 +16,16 @@ NonFinite = Literal["raise", "drop"]
 
 
 def finite_tokens(kwargs_list: Sequence[TokenBatch], ignore_idx: int, rule: NonFinite) -> list[Tensor]:
-    """Tokens of the loss of each micro-batch, in the shape of its labels: not ignored and every float field finite.
+    """Tokens of the loss of each micro-batch, in the shape of its labels: not ignored, every float field finite.
 
-    Calibrated weights and the temperature are not looked at. ``raise``: every such field must be finite, else
-    ``NonFiniteError`` with its name and counts; waits for a CUDA device, which building a batch may.
+    Calibrated weights, the temperature and hidden states are not looked at. ``raise``: every such field must be finite,
+    else ``NonFiniteError`` with its name and counts; waits for a CUDA device, which building a batch may.
     """
     out = []
     for number, kwargs in enumerate(kwargs_list):
         valid = kwargs.shifted_labels != ignore_idx
         for name, (value, mark) in kwargs.per_token().items():
-            if mark.weight or name == "temperature" or not value.dtype.is_floating_point:
+            if mark.weight or mark.trailing or name == "temperature" or not value.dtype.is_floating_point:
                 continue
             finite = torch.isfinite(value)
             if rule == "raise":
