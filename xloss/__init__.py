@@ -27,6 +27,7 @@ from xloss.losses.value import ValueLossConfig, explained_variance
 from xloss.losses.xtuner_rollout import RolloutImportanceSampling
 from xloss.metrics import Metric, finalize_metrics, merge_metrics
 from xloss.packing import roll_labels, shift_labels
+from xloss.policy.sequence import optimal_value
 from xloss.stats import StatSpec, TokenStats
 
 __version__ = "0.1.0"
@@ -84,6 +85,7 @@ __all__ = [
     "finalize_metrics",
     "linear_logprobs",
     "merge_metrics",
+    "optimal_value",
     "register_policy_loss",
     "register_preference_loss",
     "roll_labels",

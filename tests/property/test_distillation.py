@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tests import budgets
-from tests.oracle import distill
-from tests.property.distilled import RUNS, VOCAB, Problem, assert_same
+from tests.oracle import distill, head
+from tests.property.distilled import RUNS, STUDENT, VOCAB, Problem, assert_same
 from tests.property.helpers import leaf
 from tests.property.steps import contexts
 from xloss import DistillLossConfig, DistillLossContextInputItem
@@ -308,3 +308,35 @@ def test_autocast(run: str) -> None:
     gold = rounded.gold("reverse_kl")[0]
     budgets.assert_relative("loss", loss, gold[0], budgets.DISTILL_RELATIVE)
     budgets.assert_relative("d hidden", dh, gold[1], budgets.eps(torch.bfloat16))
+
+
+@every_run
+@pytest.mark.parametrize("source", ["head", "logits"])
+@pytest.mark.parametrize("tau", [1.0, "per token"])
+def test_clamped_divergence(tau: float | str, source: str, run: dict[str, Any]) -> None:
+    """`loss_max_clamp` stops value and gradient; such rows leave the second pass, and the rest keep their teacher."""
+    problem = Problem(tau=tau, seed=1)  # drops first rows of a chunk, not only last ones
+    inputs = head.leaves(problem.hidden, problem.weight, problem.head_bias)
+    z = distill.student_logits(*inputs, STUDENT, problem.live)
+    found = distill.of_logits(z / problem.tau_live, problem.teacher_logits()[problem.live] / problem.tau_live, "jsd")
+    limit = float(found.detach().median())
+    assert bool((found > limit).any()) and bool((found < limit).any())
+    loss = (problem.weights() * found.clamp(max=limit)).sum()
+    gold = [loss.detach(), *head.grads(loss, inputs)]
+    assert_same(problem.run(source, divergence="jsd", loss_max_clamp=limit + 1e-9, **run)[0], gold)
+
+
+@every_run
+def test_a_teacher_that_bans_tokens(run: dict[str, Any]) -> None:
+    """Logits of -inf are probabilities of 0; the student's gradient there is its own probability."""
+    problem = Problem()
+    banned = problem.teacher_logits()
+    banned[:, 4:9] = -torch.inf
+    problem.teacher_logits = lambda: banned  # type: ignore[method-assign]
+    inputs = head.leaves(problem.hidden, problem.weight, problem.head_bias)
+    z = distill.student_logits(*inputs, STUDENT, problem.live)
+    loss = -(problem.weights() * (banned[problem.live].softmax(-1) * z.log_softmax(-1)).sum(-1)).sum()
+    gold = [loss.detach(), *head.grads(loss, inputs)]
+    assert_same(problem.run("logits", divergence="cross_entropy", **run)[0], gold)
+    got, _ = problem.run("function", divergence="jsd", **run)
+    assert all(bool(torch.isfinite(x).all()) for x in got)

@@ -19,7 +19,7 @@ from tests.oracle import distill, head
 from tests.property.distilled import RUNS, assert_same
 from tests.property.helpers import leaf
 from xloss import GRPOLossConfig, RLLossContextInputItem
-from xloss.errors import MissingFieldError, OptionError, UnsupportedError
+from xloss.errors import MissingFieldError, NonFiniteError, OptionError, UnsupportedError
 
 B, S, H, H2, V, COEF = 3, 5, 6, 4, 17, 0.3
 REINFORCE = {"loss_type": "reinforce"}
@@ -137,3 +137,16 @@ def test_refused() -> None:
     for field in ({"kl_loss_grad": "unbiased"}, {"kl_clamp_in": 5.0}, {"kl_clamp_straight_through": True}):
         with pytest.raises(ValidationError, match=next(iter(field))):
             GRPOLossConfig(policy_loss_cfg=REINFORCE, use_kl_loss=True, kl_loss_type="full", **field)
+
+
+def test_reference_that_is_not_finite() -> None:
+    """Refused where the batch is built, or its tokens left out and counted; masked tokens may hold anything."""
+    problem = Problem()
+    problem.ref_hidden[1, 1, 2] = torch.nan
+    problem.ref_hidden[2, 4, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"ref_hidden_states .* 2 of its 9 tokens of the loss \(1 NaN, 1 inf\)"):
+        problem.context()
+    ctx = problem.context(nonfinite="drop", mode="chunk", chunk_size=4)
+    loss, info = ctx.forward(problem.hidden, problem.weight, problem.bias, ref_head_weight=problem.ref_weight)
+    assert bool(torch.isfinite(loss)) and int(info.metrics["num_nonfinite"].result()) == 2
+    assert info.plan.num_live == 7

@@ -7,14 +7,19 @@ ignored tokens change nothing, nor does a sequence without a token, nor the orde
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests import budgets
 from tests.property.sequence_steps import SequenceCase, assert_oracle, run_case, sequence_cases, sequence_policies
+from tests.property.steps import max_logit
+from xloss import RLLossContextInputItem
 
 RUNS = {
     "eager": {"mode": "eager"},
@@ -88,3 +93,39 @@ def test_what_is_ignored_does_not_matter(
     for ours, theirs in zip(dirty.infos, clean.infos, strict=True):
         for name, metric in ours.metrics.items():
             assert torch.equal(metric.result(), theirs.metrics[name].result()), name
+
+
+def _one_sequence_each(case: SequenceCase, order: list[int]) -> SequenceCase:
+    """Every sequence in a micro-batch of its own, in another order."""
+    parts = []
+    for hidden, item, bounds in zip(case.step.hidden, case.items, case.bounds, strict=True):
+        fields = {name: value.reshape(-1) for name, (value, _) in item.per_token().items()}
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        for a, b in pairwise(bounds):
+            parts.append((rows[a:b], RLLossContextInputItem(**{n: x[a:b] for n, x in fields.items()}), [0, b - a]))
+    hidden, items, spans = zip(*(parts[i] for i in order), strict=True)
+    step = replace(case.step, hidden=list(hidden), cu_seq_lens=[torch.tensor(s) for s in spans])
+    return SequenceCase(step, list(items), list(spans))
+
+
+@given(case=sequence_cases(), policy=sequence_policies(), reduction=st.sampled_from(("token", "sample", "sample_sum")),
+       data=st.data())  # fmt: skip
+def test_cut_between_sequences(case: SequenceCase, policy: dict[str, Any], reduction: str, data: st.DataObject) -> None:
+    """Sequences dealt to other micro-batches in any order: the same loss and gradients, to float32 weights."""
+    assume(policy["loss_type"] != "real")  # its prompts would be cut
+    order = data.draw(st.permutations(range(sum(len(b) - 1 for b in case.bounds))))
+    fields = {"policy_loss_cfg": policy, "loss_reduction": reduction, "opsm_delta": 0.1}
+    whole = run_case(case, fields, {"mode": "chunk"})
+    other = _one_sequence_each(case, order)
+    parts = run_case(other, fields, {"mode": "chunk"})
+    back = [parts.hidden[order.index(i)] for i in range(len(order))]
+    rows = torch.cat([h.reshape(-1, h.shape[-1]) for h in whole.hidden])
+    terms = sum(float(info.token_loss.abs().sum()) for info in whole.infos)
+    size = (1.0 + terms) * (1.0 + budgets.norm(case.step.weight) + sum(map(budgets.norm, case.step.hidden)))
+    pairs = {
+        "loss": (parts.total, whole.total),
+        "weight": (parts.weight, whole.weight),
+        "hidden": (torch.cat(back), rows),
+    }
+    for name, (ours, theirs) in pairs.items():
+        budgets.assert_rounding(name, ours.float(), theirs.float(), max_logit(case.step), size)

@@ -15,9 +15,6 @@ from torch import Tensor
 from tests import budgets
 from tests.oracle import value as oracle
 from xloss import (
-    CELossConfig,
-    CELossContext,
-    CELossContextInputItem,
     GRPOLossConfig,
     GRPOLossContext,
     RLLossContextInputItem,
@@ -231,11 +228,6 @@ def test_what_is_missing_or_wrong() -> None:
     plain = build(GRPOLossConfig(policy_loss_cfg=POLICY), data)[0]
     with pytest.raises(OptionError, match="values"):
         plain.forward(hidden, weight, values=data[0]["values"])
-    ce_cfg = CELossConfig()
-    ce_item = CELossContextInputItem(shifted_labels=data[0]["shifted_labels"])
-    (ce,) = CELossContext.build_batches_loss_kwargs([ce_item], ce_cfg)
-    with pytest.raises(OptionError, match="CELossContext"):
-        CELossContext(ce_cfg, ce).forward(hidden, weight, values=data[0]["values"])
     with pytest.raises(ValueError, match="scale"):
         ValueLossConfig(loss_type="mse", scale=2.0)
     with pytest.raises(ValueError, match="old_values"):

@@ -74,6 +74,25 @@ def test_a_pair_without_tokens_is_left_out() -> None:
     assert kwargs.chosen.tolist() == [0, 2] and float(kwargs.loss_divisor) == 2
 
 
+@pytest.mark.parametrize("mode", ["eager", "chunk"])
+def test_sequences_in_no_pair_do_not_enter(mode: Any) -> None:
+    """Neither their hidden states nor their reference, NaN or not; the head does not see them."""
+    cfg = PreferenceLossConfig(loss_type="ipo", f_divergence="forward_kl", use_weighting=True, mode=mode)
+    given = item(pair_ids=torch.tensor([0, -1, 0, -1]), preferred=torch.tensor([True, True, False, True]))
+    ref = given.ref_logprobs.clone()
+    ref[0, 3:5], ref[0, 8:] = torch.nan, torch.inf
+    clean, bad = build(cfg, given)[0], build(cfg, item(**dict(given) | {"ref_logprobs": ref}))[0]
+    hidden, weight = torch.randn(1, 12, 4), torch.randn(19, 4, requires_grad=True)
+    dirty = hidden.clone()
+    dirty[0, 3:5] = torch.nan
+    hidden.requires_grad_(True), dirty.requires_grad_(True)
+    x, y = (loss_of(cfg, k, h, weight) for k, h in ((clean, hidden), (bad, dirty)))
+    assert torch.equal(x, y)
+    for a, b in zip(torch.autograd.grad(x, (hidden, weight)), torch.autograd.grad(y, (dirty, weight)), strict=True):
+        assert torch.equal(a, b)
+    assert PreferenceLossContext(cfg, bad).explain(dirty, weight).num_live == 6
+
+
 def test_kl_is_the_global_mean_at_least_0() -> None:
     flags = torch.tensor([True, False, True, True])
     a, b = build(

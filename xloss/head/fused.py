@@ -35,7 +35,7 @@ def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowSt
         rows.labels,
         _transform(rows, options),
         ignore_index=options.ignore_index,
-        **_wanted(options.stats),
+        **_wanted(options),
     )
     return RowState(rows, TokenStats(**found._asdict()))
 
@@ -83,7 +83,7 @@ def loss_rows(
 
 def head_stats(rows: TokenRows, options: HeadOptions) -> TokenStats:
     """Partial statistics of vocabulary splits in registers, merged in a fixed order."""
-    want = _wanted(options.stats)
+    want = _wanted(options)
     partials, label_logits = head_forward(rows.hidden, rows.weight, rows.labels, _transform(rows, options), **want)
     found = finalize(
         partials, label_logits, rows.labels, rows.weight.shape[0], ignore_index=options.ignore_index, **want
@@ -118,15 +118,15 @@ def scale(grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool)
     return cast_scale(grad, dtype, upstream)
 
 
+def _wanted(options: HeadOptions) -> dict[str, Any]:
+    """The statistics this call wants of the kernels; a divergence is not among theirs, and is refused before."""
+    return {name: getattr(options.stats, name) for name in ("entropy", "mean_logit", "sum_p2", "top1")}
+
+
 def _known(stats: TokenStats, adjoints: Adjoints) -> dict[str, Any]:
     """What a dlogits kernel is told: the adjoints, and the statistics their formulas need."""
     given = {f"d_{name}": value.float().contiguous() for name, value in adjoints.items()}
     return {"entropy": stats.entropy, "sum_p2": stats.sum_p2, **given}
-
-
-def _wanted(stats: StatSpec) -> dict[str, bool]:
-    """The statistics that kernels make; a divergence is not among them, and the fused mode refuses it before."""
-    return {name: getattr(stats, name) for name in ("entropy", "mean_logit", "sum_p2", "top1")}
 
 
 def _transform(rows: RawRows | TokenRows, options: HeadOptions) -> Transform:

@@ -66,6 +66,10 @@ class GRPOLossConfig(MaskedLossConfig):
         """Factor of the mean negative log-likelihood of positive tokens."""
         return self.positive_nll_coef
 
+    def policy_weights(self, counted: list[Any], weights: list[Tensor]) -> list[Tensor]:
+        """Weights of the policy term from those of ``loss_reduction``; ``counted`` has the labels that they count."""
+        return weights
+
     @model_validator(mode="after")
     def _corrects_once(self) -> GRPOLossConfig:
         policy: PolicyLossConfig = self.policy_loss_cfg
@@ -172,12 +176,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
         if "group" in coupled:
             calibration.check_whole_groups(kwargs_list, loss_cfg.ignore_idx)
-        policy_tokens.weigh_tokens(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh, cls.policy_weights)
-
-    @classmethod
-    def policy_weights(cls, counted: list[Any], weights: list[Tensor], loss_cfg: Any) -> list[Tensor]:
-        """Weights of the policy term from those of ``loss_reduction``; ``counted`` has the labels that they count."""
-        return weights
+        policy_tokens.weigh_tokens(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh)
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "policy_loss_weight", _CALL_BUILD)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated
 
 from torch import Tensor
 
@@ -65,9 +65,8 @@ class GRPOLossKwargs(_PolicyFields, BaseLossKwargs):
         """``weight``, 0 at tokens outside ``loss_mask``."""
         return weight if self.loss_mask is None else weight.masked_fill(~self.loss_mask, 0)
 
-    def narrowed(self, ignore_idx: int) -> Self:
+    def narrowed(self, ignore_idx: int) -> GRPOLossKwargs:
         """The same with labels outside ``loss_mask`` ignored."""
         if self.loss_mask is None:
             return self
-        labels = self.shifted_labels.masked_fill(~self.loss_mask, ignore_idx)
-        return self.replaced({"shifted_labels": labels})
+        return self.replaced({"shifted_labels": self.shifted_labels.masked_fill(~self.loss_mask, ignore_idx)})

@@ -33,6 +33,19 @@ class OrealLossConfig(GRPOLossConfig):
     def nll_coef(self) -> float:
         return self.pos_sft_loss_weight * self.positive_loss_factor
 
+    def policy_weights(self, counted: list[Any], weights: list[Tensor]) -> list[Tensor]:
+        positive = [positive_tokens(kwargs, self.ignore_idx) for kwargs in counted]
+        negative = [
+            (kwargs.shifted_labels != self.ignore_idx) & ~mask for kwargs, mask in zip(counted, positive, strict=True)
+        ]
+        gain = self.pos_policy_loss_weight * self.positive_loss_factor
+        shares = zip(
+            token_shares(positive, gain, self.grad_reduce),
+            token_shares(negative, self.negative_loss_factor, self.grad_reduce),
+            strict=True,
+        )
+        return [of_positive + of_negative for of_positive, of_negative in shares]
+
     @property
     def loss_ctx_cls(self) -> type[OrealLossContext]:
         return OrealLossContext
@@ -57,18 +70,3 @@ class OrealLossContext(GRPOLossContext):
 
     loss_cfg: OrealLossConfig
     loss_kwargs: OrealLossKwargs
-
-    @classmethod
-    def policy_weights(cls, counted: list[Any], weights: list[Tensor], loss_cfg: Any) -> list[Tensor]:
-        cfg: OrealLossConfig = loss_cfg
-        positive = [positive_tokens(kwargs, cfg.ignore_idx) for kwargs in counted]
-        negative = [
-            (kwargs.shifted_labels != cfg.ignore_idx) & ~mask for kwargs, mask in zip(counted, positive, strict=True)
-        ]
-        gain = cfg.pos_policy_loss_weight * cfg.positive_loss_factor
-        shares = zip(
-            token_shares(positive, gain, cfg.grad_reduce),
-            token_shares(negative, cfg.negative_loss_factor, cfg.grad_reduce),
-            strict=True,
-        )
-        return [of_positive + of_negative for of_positive, of_negative in shares]

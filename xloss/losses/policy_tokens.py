@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,20 +17,14 @@ from xloss.losses.reduction import reduction_weights
 if TYPE_CHECKING:
     from xloss.losses.grpo import GRPOLossConfig
 
-PolicyWeights = Callable[[list[Any], list[Tensor], Any], list[Tensor]]
-
 
 def weigh_tokens(
     kwargs_list: Sequence[Any],
     cfg: GRPOLossConfig,
     cu_seq_lens_list: Sequence[Tensor] | None,
     sp_mesh: DeviceMesh | None,
-    policy_weights: PolicyWeights,
 ) -> None:
-    """Set every weight of every micro-batch, in place: what takes part, corrected, over the global denominators.
-
-    ``policy_weights(counted, weights, cfg)`` gives those of the policy term, before corrections.
-    """
+    """Set every weight of every micro-batch, in place: what takes part, corrected, over the global denominators."""
     counted = settle_tokens(kwargs_list, cfg, cu_seq_lens_list, sp_mesh)
     options, entropy_options = cfg.reduction_options(), cfg.entropy_reduction_options()
     weights = reduction_weights(counted, cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
@@ -39,11 +33,13 @@ def weigh_tokens(
         entropy_weights = reduction_weights(counted, cfg.ignore_idx, entropy_options, cu_seq_lens_list, sp_mesh)
     num_tokens = calibration.global_sum([kwargs.shifted_labels != cfg.ignore_idx for kwargs in counted])
     folded = cfg.policy_loss_cfg.folds_is_weights
-    for kwargs, *whole in zip(
-        kwargs_list, weights, entropy_weights, policy_weights(counted, weights, cfg), strict=True
-    ):
-        weight, entropy_weight, policy = (kwargs.taking_part(w) for w in whole)
-        kwargs.policy_loss_weight = policy if folded else corrected(kwargs, policy)
+    of_policy = cfg.policy_weights(counted, weights)
+    for kwargs, *wholes in zip(kwargs_list, weights, entropy_weights, of_policy, strict=True):
+        weight, entropy_weight, policy_weight = map(kwargs.taking_part, wholes)
+        for factor in () if folded else (kwargs.is_weights, kwargs.rollout_weights):
+            if factor is not None:
+                policy_weight = policy_weight * factor.masked_fill(policy_weight == 0, 0)
+        kwargs.policy_loss_weight = policy_weight
         kwargs.kl_loss_weight = weight * cfg.kl_loss_coef if cfg.use_kl_loss else None
         kwargs.entropy_loss_weight = entropy_weight * cfg.entropy_coef if cfg.entropy_coef else None
         kwargs.value_loss_weight = None if cfg.value_loss is None else weight * cfg.value_loss_coef
@@ -107,14 +103,6 @@ def corrects_in_pass(kwargs_list: Sequence[Any], cfg: GRPOLossConfig) -> bool:
                 "needs old_logprobs; on-policy weights are known in the pass only"
             )
     return all(missing)
-
-
-def corrected(kwargs: Any, weight: Tensor) -> Tensor:
-    """``weight`` times ``is_weights`` and ``rollout_weights``; what these hold where it is 0 is not read."""
-    for factor in (kwargs.is_weights, kwargs.rollout_weights):
-        if factor is not None:
-            weight = weight * factor.masked_fill(weight == 0, 0)
-    return weight
 
 
 def positive_tokens(kwargs: Any, ignore_idx: int) -> Tensor:

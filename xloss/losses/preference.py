@@ -144,6 +144,16 @@ class PreferenceLossContext(BaseLossContext[PreferenceLossContextInputItem]):
     def stats_needed(self) -> StatSpec:
         return StatSpec(sum_p2=self.loss_cfg.use_weighting)
 
+    def live_mask(self) -> Tensor:
+        kwargs = self.loss_kwargs
+        if kwargs.chosen is None or kwargs.rejected is None:
+            return super().live_mask()
+        sequences = kwargs.sequences(self.loss_cfg.ignore_idx)
+        compared = torch.zeros(sequences.count, dtype=torch.bool, device=sequences.ids.device)
+        compared[kwargs.chosen] = True
+        compared[kwargs.rejected] = True
+        return sequences.valid & sequences.spread(compared)
+
     def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> TokenLoss:
         cfg, kw = self.loss_cfg, loss_kwargs
         sequences, terms = kw.sequences(cfg.ignore_idx), cfg.terms
@@ -186,11 +196,14 @@ class PreferenceLossContext(BaseLossContext[PreferenceLossContextInputItem]):
         return sums, torch.zeros_like(sums)
 
     def _batch(self, sums: Tensor, ref_sums: Tensor, lengths: Tensor | None, kw: Any) -> PreferenceBatch:
-        """What terms see; divided by ``lengths`` for those that average."""
-        scores = divergence_score(sums - ref_sums, self.loss_cfg.f_divergence, self.loss_cfg.f_alpha)
-        values = [sums, ref_sums, scores] if lengths is None else [x / lengths for x in (sums, ref_sums, scores)]
-        chosen, rejected = (Side(*(x[side] for x in values)) for side in (kw.chosen, kw.rejected))
-        return PreferenceBatch(chosen, rejected, kw.kl_point, kw.reward_shift)
+        """What terms see, divided by ``lengths`` for those that average. NaN in sequences left out does not enter."""
+
+        def side(numbers: Tensor) -> Side:
+            own, ref = sums[numbers], ref_sums[numbers]
+            scores = divergence_score(own - ref, self.loss_cfg.f_divergence, self.loss_cfg.f_alpha)
+            return Side(*(x if lengths is None else x / lengths[numbers] for x in (own, ref, scores)))
+
+        return PreferenceBatch(side(kw.chosen), side(kw.rejected), kw.kl_point, kw.reward_shift)
 
 
 def _check_fields(kwargs: PreferenceLossKwargs, cfg: PreferenceLossConfig) -> None:

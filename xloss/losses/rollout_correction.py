@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from xloss.losses.model import StrictModel
+from xloss.losses.policies.base import PolicyLossConfig
 from xloss.policy.weights import Estimator, Level, Over
 
 Action = Literal["truncate", "mask", "both"]
@@ -100,6 +101,23 @@ class RolloutCorrection(StrictModel):
     def truncated(self, weight: Tensor) -> Tensor:
         """``w`` clamped into its bounds."""
         return weight if self.low is None and self.high is None else weight.clamp(self.low, self.high)
+
+    @property
+    def rejects(self) -> bool:
+        """Whether tokens can lose their policy term altogether."""
+        return self.action != "truncate" or self.vetoes or bool(self.reject)
+
+    def check_goes_with(self, policy: PolicyLossConfig) -> None:
+        """Raise ``ValueError`` where this would do twice, or could not do, what the policy loss does with weights."""
+        name = type(policy).__name__
+        if policy.folds_is_weights and self.rejects:
+            raise ValueError(f"{name} folds the weights into its formula and cannot reject: truncate alone")
+        weighs = "rollout_logprobs" in policy.needs or policy.ratio_anchor() == "rollout"
+        if weighs and self.level is not None:
+            raise ValueError(
+                f"{name} weighs by the sampler itself; the weights of rollout_correction would do it twice: set its "
+                "level to None, or leave it out"
+            )
 
     @property
     def vetoes(self) -> bool:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from xloss.losses.policies.base import Anchor, register_policy_loss
-from xloss.losses.policies.ratio import ClippedRatioConfig, LeveledRatioConfig
+from xloss.losses.policies.ratio import ClippedRatioConfig, LeveledRatioConfig, offset_bounds
 from xloss.policy import surrogate
 from xloss.policy.batch import PolicyBatch
 
@@ -18,12 +18,7 @@ class RolloutISConfig(ClippedRatioConfig):
     """The ratio to the sampler as a constant weight, and 0 where it is out of bounds."""
 
     loss_type: Literal["rollout_is"] = "rollout_is"
-    default_bounds: ClassVar[dict[str, float]] = {
-        "cliprange_low": 0.2,
-        "cliprange_high": 0.2,
-        "clip_low_threshold": 0.8,
-        "clip_high_threshold": 1.2,
-    }
+    default_bounds: ClassVar[dict[str, float]] = offset_bounds(0.2, 0.2)
     anchor: Anchor = "rollout"
     cliprange_low: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
     cliprange_high: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)

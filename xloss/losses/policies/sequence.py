@@ -8,6 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from xloss.losses.policies.base import Coupling, PolicyLossConfig, register_policy_loss
+from xloss.losses.policies.ratio import offset_bounds
+from xloss.losses.policies.token_ratio import PPOClipConfig
 from xloss.metrics import Metric
 from xloss.packing import Segments
 from xloss.policy import sequence, surrogate
@@ -117,15 +119,16 @@ class AStarPOConfig(PolicyLossConfig):
 
 
 @register_policy_loss
-class FIPOConfig(PolicyLossConfig):
+class FIPOConfig(PPOClipConfig):
     """FIPO: PPO's clip, each token weighted by how the policy moved on what follows it."""
 
     coupling: ClassVar[Coupling] = "sequence"
 
     loss_type: Literal["fipo"] = "fipo"
-    cliprange_low: float = Field(default=0.2, ge=0, lt=1)
-    cliprange_high: float = Field(default=0.2, ge=0)
-    clip_ratio_c: float | None = Field(default=None, gt=1)
+    default_bounds: ClassVar[dict[str, float]] = offset_bounds(0.2, 0.2)
+    ratio_level: Literal["token"] = "token"
+    cliprange_low: float | None = Field(default=0.2, ge=0)
+    cliprange_high: float | None = Field(default=0.2, ge=0)
     decay_rate: float = Field(default=32.0, gt=0)
     weight_cliprange: float | None = Field(default=0.2, gt=0)
     weight_clip_high_only: bool = True
@@ -133,15 +136,7 @@ class FIPOConfig(PolicyLossConfig):
     participation_threshold: float | None = Field(default=None, gt=0)
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
-        loss = surrogate.ppo_clip(
-            batch.logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            cliprange_low=self.cliprange_low,
-            cliprange_high=self.cliprange_high,
-            clip_ratio_c=self.clip_ratio_c,
-        )
-        return self.weight(batch) * loss
+        return self.weight(batch) * self.clipped(batch)
 
     def weight(self, batch: PolicyBatch) -> Tensor:
         """The influence weight of each token."""
@@ -156,8 +151,5 @@ class FIPOConfig(PolicyLossConfig):
             participation_threshold=self.participation_threshold,
         )
 
-    def ratio_bounds(self) -> tuple[float, float]:
-        return 1 - self.cliprange_low, 1 + self.cliprange_high
-
     def metrics(self, batch: PolicyBatch) -> dict[str, Metric]:
-        return {"fipo_weight": Metric.mean(self.weight(batch), _sequences(batch).valid)}
+        return super().metrics(batch) | {"fipo_weight": Metric.mean(self.weight(batch), _sequences(batch).valid)}

@@ -120,12 +120,7 @@ class CISPOConfig(ClippedRatioConfig):
     """CISPO: the clipped ratio as a constant weight; one-sided by default."""
 
     loss_type: Literal["cispo"] = "cispo"
-    default_bounds: ClassVar[dict[str, float]] = {
-        "cliprange_low": 1.0,
-        "cliprange_high": 4.0,
-        "clip_low_threshold": 0.0,
-        "clip_high_threshold": 5.0,
-    }
+    default_bounds: ClassVar[dict[str, float]] = offset_bounds(1.0, 4.0)
     clip_low_threshold: float | None = Field(default=0.0, ge=0, allow_inf_nan=False)
     clip_high_threshold: float | None = Field(default=5.0, gt=0, allow_inf_nan=False)
     unified_mask: bool = False
@@ -149,12 +144,7 @@ class TISConfig(ClippedRatioConfig):
     """Truncated importance sampling as a policy gradient: CISPO between 0 and 1."""
 
     loss_type: Literal["tis"] = "tis"
-    default_bounds: ClassVar[dict[str, float]] = {
-        "cliprange_low": 1.0,
-        "cliprange_high": 0.0,
-        "clip_low_threshold": 0.0,
-        "clip_high_threshold": 1.0,
-    }
+    default_bounds: ClassVar[dict[str, float]] = offset_bounds(1.0, 0.0)
     clip_low_threshold: float | None = Field(default=0.0, ge=0, allow_inf_nan=False)
     clip_high_threshold: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
 
