@@ -54,6 +54,7 @@ def kl_of(nemo: dict[str, Any]) -> dict[str, Any]:
         "kl_clamp_out": nemo.get("kl_output_clamp_value", 10.0),
         "kl_loss_grad": "unbiased" if sampled else "score_function",
         "kl_ratio_anchor": "rollout" if sampled else "old",
+        "kl_clamp_weighted": True,
     }
 
 

@@ -103,7 +103,7 @@ def kl_term(lp: Tensor, ref: Tensor, old: Tensor, kind: str, options: dict[str, 
         "k2": (c**2 / 2, c),
         "k3": ((-c).exp() + c - 1, 1 - (-c).exp()),
     }[kind]
-    value = raw.clamp(-outer, outer)
+    value, slope_of_estimate = raw.clamp(-outer, outer), slope
     if not options.get("kl_clamp_straight_through"):
         slope = slope * ((x.abs() <= inner) & (raw.abs() <= outer))
     grad = options.get("kl_loss_grad", "plain")
@@ -114,6 +114,10 @@ def kl_term(lp: Tensor, ref: Tensor, old: Tensor, kind: str, options: dict[str, 
     elif grad == "unbiased":
         r = (lp - old).detach().exp()
         value, slope = r * value, r * (slope + value)
+    if options.get("kl_clamp_weighted"):  # NeMo RL: the weighted value is limited, a clamped token has no gradient
+        r = (lp - old).detach().exp() if grad == "unbiased" else torch.ones_like(c)
+        free = (x.abs() <= inner) & ((r * raw).abs() <= outer)
+        value, slope = (r * raw).clamp(-outer, outer), r * (slope_of_estimate + raw) * free
     return with_slope(value, slope, lp)
 
 

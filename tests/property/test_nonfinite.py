@@ -30,9 +30,9 @@ def smallest(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["eager", "chunk"])
 def test_ignored_tokens_change_nothing(name: str, mode: str) -> None:
     policy = policy_losses()[name](**smallest(name))
-    correction: dict[str, Any] = SEQUENCES
-    if policy.folds_is_weights:  # and cannot reject
-        correction = {"level": "sequence", "high": 1.5}
+    correction: dict[str, Any] | None = SEQUENCES
+    if policy.folds_is_weights:
+        correction = None
     elif "rollout_logprobs" in policy.needs or policy.ratio_anchor() == "rollout":  # weighs by the sampler itself
         correction = {"level": None, "veto_low": 0.2}
     cfg = GRPOLossConfig(policy_loss_cfg=policy, rollout_correction=correction, mode=mode, chunk_size=4, **ALL_TERMS)

@@ -67,9 +67,13 @@ def test_default_fields(name: str, case: StepCase) -> None:
 @pytest.mark.parametrize("grad", GRADS)
 @few
 @given(case=step_cases(max_batches=2), kind=st.sampled_from(KL_TYPES), limits=st.fixed_dictionaries(LIMITS),
-       through=st.booleans())  # fmt: skip
-def test_kl(run: dict[str, Any], grad: str, case: StepCase, kind: str, limits: dict[str, Any], through: bool) -> None:
+       through=st.booleans(), weighted=st.booleans())  # fmt: skip
+def test_kl(
+    run: dict[str, Any], grad: str, case: StepCase, kind: str, limits: dict[str, Any], through: bool, weighted: bool
+) -> None:
     options = limits | {"kl_loss_grad": grad, "kl_clamp_straight_through": through and grad != "straight_through"}
+    if weighted and grad in ("unbiased", "score_function"):
+        options |= {"kl_clamp_weighted": True, "kl_clamp_straight_through": False}
     for batch in case.batches:  # k3 unclamped at 40 nats swamps everything else
         batch.ref, batch.old = batch.ref.clamp(-6, 2), batch.old.clamp(-6, 2)
     policy = {"loss_type": "reinforce"}

@@ -79,6 +79,7 @@ KL = {"use_kl_loss": True, "kl_loss_type": "k3"}
     [
         (KL | {"kl_ratio_anchor": "rollout"}, "describe the ratio of kl_loss_grad='unbiased'"),
         (KL | {"kl_loss_grad": "straight_through", "kl_clamp_straight_through": True}, "means nothing"),
+        (KL | {"kl_clamp_weighted": True}, "kl_clamp_weighted=True is for kl_loss_grad 'unbiased' and"),
         (KL | {"kl_clamp_in": 0.0}, "kl_clamp_in"),
         (KL | {"kl_clamp_out": "k3"}, "kl_clamp_out"),
         ({"use_kl_loss": True}, "kl_loss_type must be given"),

@@ -72,19 +72,8 @@ class GRPOLossConfig(MaskedLossConfig):
 
     @model_validator(mode="after")
     def _corrects_once(self) -> GRPOLossConfig:
-        policy: PolicyLossConfig = self.policy_loss_cfg
-        if self.rollout_correction is None:
-            return self
-        if policy.folds_is_weights:
-            raise ValueError(
-                f"{type(policy).__name__} folds is_weights into its formula: give those, no rollout_correction"
-            )
-        itself = "rollout_logprobs" in policy.needs or policy.ratio_anchor() == "rollout"
-        if itself and self.rollout_correction.level is not None:
-            raise ValueError(
-                f"{type(policy).__name__} weighs by the sampler itself; the weights of rollout_correction would do it "
-                "twice: set its level to None, or leave it out"
-            )
+        if self.rollout_correction is not None:
+            self.rollout_correction.check_goes_with(self.policy_loss_cfg)
         return self
 
     @model_validator(mode="after")

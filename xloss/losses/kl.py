@@ -31,6 +31,8 @@ class KLPenaltyConfig(ReducedLossConfig):
         kl_clamp_in: limit of ``|logprobs - ref_logprobs|``; ``auto`` is 20 for k3 and none for the others.
         kl_clamp_out: limit of the value; ``auto`` is 10 for k3 and none for the others.
         kl_clamp_straight_through: whether a clamped token keeps its gradient.
+        kl_clamp_weighted: whether ``kl_clamp_out`` limits the value times the ratio of ``unbiased``, and a clamped
+            token loses the gradient of that ratio or of the score function too (NeMo RL).
     """
 
     use_kl_loss: bool = False
@@ -42,6 +44,7 @@ class KLPenaltyConfig(ReducedLossConfig):
     kl_clamp_in: Limit = "auto"
     kl_clamp_out: Limit = "auto"
     kl_clamp_straight_through: bool = False
+    kl_clamp_weighted: bool = False
 
     @model_validator(mode="after")
     def _kl_holds(self) -> Self:
@@ -56,6 +59,13 @@ class KLPenaltyConfig(ReducedLossConfig):
             raise ValueError(
                 "kl_clamp_straight_through=True means nothing with kl_loss_grad='straight_through', whose gradient no "
                 "clamp stops"
+            )
+        if self.kl_clamp_weighted and (
+            self.kl_clamp_straight_through or self.kl_loss_grad not in ("unbiased", "score_function")
+        ):
+            raise ValueError(
+                "kl_clamp_weighted=True is for kl_loss_grad 'unbiased' and 'score_function' without "
+                f"kl_clamp_straight_through; got kl_loss_grad={self.kl_loss_grad!r}"
             )
         of_estimators = ("kl_loss_grad", "kl_clamp_in", "kl_clamp_out", "kl_clamp_straight_through")
         for name in of_estimators if self.kl_loss_type == "full" else ():
@@ -74,7 +84,8 @@ class KLPenaltyConfig(ReducedLossConfig):
     def kl_in_kernel(self, anchor: Anchor) -> bool:
         """Whether kernels can form the penalty beside a policy loss with this anchor."""
         same_ratio = self.kl_loss_grad != "unbiased" or self.kl_ratio_anchor == anchor
-        return same_ratio and not self.kl_clamp_straight_through and not self.full_kl
+        clamps_known = not (self.kl_clamp_straight_through or self.kl_clamp_weighted)
+        return same_ratio and clamps_known and not self.full_kl
 
     def kl_numbers(self) -> dict[str, float]:
         """Numbers of the penalty as kernels take them."""
@@ -109,4 +120,5 @@ def kl_of(cfg: KLPenaltyConfig, batch: PolicyBatch, sampled: Tensor | None, dive
         clamp_in=cfg.kl_clamp_in,
         clamp_out=cfg.kl_clamp_out,
         clamp_straight_through=cfg.kl_clamp_straight_through,
+        clamp_weighted=cfg.kl_clamp_weighted,
     )

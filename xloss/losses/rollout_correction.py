@@ -102,16 +102,11 @@ class RolloutCorrection(StrictModel):
         """``w`` clamped into its bounds."""
         return weight if self.low is None and self.high is None else weight.clamp(self.low, self.high)
 
-    @property
-    def rejects(self) -> bool:
-        """Whether tokens can lose their policy term altogether."""
-        return self.action != "truncate" or self.vetoes or bool(self.reject)
-
     def check_goes_with(self, policy: PolicyLossConfig) -> None:
-        """Raise ``ValueError`` where this would do twice, or could not do, what the policy loss does with weights."""
+        """Raise ``ValueError`` where the policy loss does itself what this would do."""
         name = type(policy).__name__
-        if policy.folds_is_weights and self.rejects:
-            raise ValueError(f"{name} folds the weights into its formula and cannot reject: truncate alone")
+        if policy.folds_is_weights:
+            raise ValueError(f"{name} folds is_weights into its formula: give those instead of rollout_correction")
         weighs = "rollout_logprobs" in policy.needs or policy.ratio_anchor() == "rollout"
         if weighs and self.level is not None:
             raise ValueError(

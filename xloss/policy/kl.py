@@ -43,6 +43,7 @@ def kl_penalty(
     clamp_in: KLClamp = "auto",
     clamp_out: KLClamp = "auto",
     clamp_straight_through: bool = False,
+    clamp_weighted: bool = False,
 ) -> Tensor:
     """Per-token penalty with ``x = logprobs - ref_logprobs``.
 
@@ -56,6 +57,8 @@ def kl_penalty(
         log_ratio: of the current policy to the one that sampled, with its gradient; for ``unbiased``.
         clamp_in: limit of ``|x|``. clamp_out: limit of the value, before ``r``. The gradient is 0 beyond either.
         clamp_straight_through: the clamps act on values alone; the gradient beyond is that at the limit of ``x``.
+        clamp_weighted: ``clamp_out`` limits ``r k``, and a clamped token has no gradient at all, none of ``r`` or of
+            the score function either (NeMo RL).
 
     Raises:
         ValueError: unknown ``kl_type`` or ``grad``; ``unbiased`` without ``log_ratio``.
@@ -66,21 +69,24 @@ def kl_penalty(
         raise ValueError(f"grad must be one of {get_args(KLGrad)}; got {grad!r}")
     limit_in, limit_out = kl_limits(kl_type, clamp_in, clamp_out)
     x = logprobs - ref_logprobs
-    value = _limited(
-        _estimate(_limited(x, limit_in, clamp_straight_through), KL_ESTIMATOR[kl_type]),
-        limit_out,
-        clamp_straight_through,
-    )
+    limited = _limited(x, limit_in, clamp_straight_through)
+    estimate = _estimate(limited, KL_ESTIMATOR[kl_type])
+    value = _limited(estimate, limit_out, clamp_straight_through)
     if grad == "plain":
         return value
     if grad == "straight_through":
         surrogate = 0.5 * x.square()
         return value.detach() + (surrogate - surrogate.detach())
     if grad == "score_function":
-        return torch.exp(logprobs - logprobs.detach()) * value
+        log_ratio = logprobs - logprobs.detach()
     if log_ratio is None:
         raise ValueError("grad='unbiased' needs log_ratio, of the current policy to the one that sampled")
-    return torch.exp(log_ratio) * value
+    ratio = torch.exp(log_ratio)
+    if not clamp_weighted:
+        return ratio * value
+    weighted = ratio * estimate
+    value = _limited(weighted, limit_out, False)
+    return torch.where((limited != x) | (value != weighted), value.detach(), value)
 
 
 def _estimate(x: Tensor, estimator: KLEstimator) -> Tensor:
