@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -28,6 +32,26 @@ def all_reduce_max(value: int, device: torch.device) -> int:
     found = torch.tensor(value, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found)
+
+
+def default_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where tensors stand that the ranks of ``group`` exchange."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+
+
+def all_gather(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """``values [N]`` of every rank of ``group``, ``[ranks, N]``; N is the same on all."""
+    values = values.contiguous()
+    rows = [torch.empty_like(values) for _ in range(world_size(group))]
+    dist.all_gather(rows, values, group=group)
+    return torch.stack(rows)
+
+
+def all_gather_object(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """``value`` of every rank of ``group``, pickled on the way."""
+    found: list[T] = [value] * world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def sp_split(tensor: Tensor, sp_mesh: DeviceMesh, pad: float, axis: int = -1) -> Tensor:

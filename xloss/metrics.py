@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from xloss.distributed import all_gather, all_gather_object, default_device, world_size
+from xloss.errors import OptionError
 
 Reducer = Literal["sum", "mean", "std", "ess", "max", "min"]
 _EMPTY = {"max": -torch.inf, "min": torch.inf}
@@ -44,6 +48,20 @@ class Metric:
     def mean(cls, x: Tensor, valid: Tensor | None = None) -> Metric:
         """Mean of ``x`` over all tokens (of the mask ``valid``) of all parts."""
         return cls(_kept(x, valid, 0).sum(), _count(x, valid), "mean")
+
+    @classmethod
+    def means(cls, of: dict[str, Tensor], valid: Tensor | None = None) -> dict[str, Metric]:
+        """``mean`` of several vectors of one shape and dtype over the same tokens, summed as one."""
+        x = torch.stack(list(of.values())).flatten(1)
+        sums = _kept(x, None if valid is None else valid.flatten(), 0).sum(1)
+        count = _count(x[0], valid)
+        return {name: cls(total, count, "mean") for name, total in zip(of, sums.unbind(), strict=True)}
+
+    @classmethod
+    def totals(cls, of: dict[str, Tensor], scale: float = 1.0) -> dict[str, Metric]:
+        """``total`` of several vectors of one shape and dtype, times ``scale``, summed as one."""
+        sums = torch.stack([x.detach() for x in of.values()]).flatten(1).sum(1) * scale
+        return {name: cls(total) for name, total in zip(of, sums.unbind(), strict=True)}
 
     @classmethod
     def moments(cls, x: Tensor, reducer: Literal["std", "ess"], valid: Tensor | None = None) -> Metric:
@@ -111,25 +129,49 @@ def merge_metrics(parts: Iterable[dict[str, Metric]]) -> dict[str, Metric]:
 def finalize_metrics(parts: Iterable[dict[str, Metric]], group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
     """Results over all ``parts`` and, when ``torch.distributed`` is initialised, all ranks of ``group``.
 
-    One all-reduce per reducer kind; every rank must pass the same metric names.
+    Over ranks: one all-gather, merged in the order of ranks, in float64. It waits for the device, to see that all ranks
+    have the same metrics; ``OptionError`` on every rank names those that some lack.
     """
     merged = merge_metrics(parts)
-    if not dist.is_initialized() or not merged:
-        return {name: metric.result() for name, metric in merged.items()}
-    sums = [m.value for m in merged.values() if m.reducer not in _EMPTY]
-    sums += [m.count for m in merged.values() if m.count is not None]
-    reduced: dict[int, Tensor] = {}
-    for tensors, op in (
-        (sums, dist.ReduceOp.SUM),
-        ([m.value for m in merged.values() if m.reducer == "max"], dist.ReduceOp.MAX),
-        ([m.value for m in merged.values() if m.reducer == "min"], dist.ReduceOp.MIN),
-    ):
-        if tensors:
-            packed = torch.cat([t.to(torch.float64).reshape(-1) for t in tensors])
-            dist.all_reduce(packed, op=op, group=group)
-            parts_of = packed.split([t.numel() for t in tensors])
-            reduced.update({id(t): part.reshape(t.shape) for t, part in zip(tensors, parts_of, strict=True)})
-    return {
-        name: Metric(reduced[id(m.value)], None if m.count is None else reduced[id(m.count)], m.reducer).result()
-        for name, m in merged.items()
-    }
+    if world_size(group) > 1:
+        merged = _over_ranks(merged, group)
+    return {name: metric.result() for name, metric in merged.items()}
+
+
+_BLOCK = 1024  # numbers in the first gather of every rank, whatever its metrics are
+_Layout = dict[str, tuple[Reducer, int, bool]]
+
+
+def _over_ranks(merged: dict[str, Metric], group: dist.ProcessGroup | None) -> dict[str, Metric]:
+    """``merged`` of all ranks of ``group`` as one."""
+    layout: _Layout = {n: (m.reducer, m.value.numel(), m.count is not None) for n, m in sorted(merged.items())}
+    digest = int.from_bytes(sha256(repr(layout).encode()).digest()[:6], "big")  # exact in float64
+    numbers = [t for n in layout for t in (merged[n].value, merged[n].count) if t is not None]
+    device = numbers[0].device if numbers else default_device(group)
+    head = torch.full((1,), digest, dtype=torch.float64, device=device)
+    row = torch.cat([head, *(t.to(torch.float64).reshape(-1) for t in numbers)])
+    row = torch.nn.functional.pad(row, (0, -row.numel() % _BLOCK))
+    rows = all_gather(row[:_BLOCK], group)
+    if bool((rows[:, 0] != digest).any()):  # which every rank sees
+        _raise_differing(layout, group)
+    if row.numel() > _BLOCK:
+        rows = torch.cat([rows, all_gather(row[_BLOCK:], group)], 1)
+    sums, extremes = rows.sum(0), {"max": rows.amax(0), "min": rows.amin(0)}
+    out, at = {}, 1
+    for name, (reducer, size, counted) in layout.items():
+        value = extremes.get(reducer, sums)[at : at + size].reshape(merged[name].value.shape)
+        out[name] = Metric(value, sums[at + size] if counted else None, reducer)
+        at += size + counted
+    return {name: out[name] for name in merged}
+
+
+def _raise_differing(layout: _Layout, group: dist.ProcessGroup | None) -> None:
+    layouts: list[_Layout] = all_gather_object(layout, group)
+    names = sorted({name for each in layouts for name in each})
+    differing = [name for name in names if len({each.get(name) for each in layouts}) > 1]
+    lacking = {rank: [n for n in names if n not in each] for rank, each in enumerate(layouts)}
+    told = "; ".join(f"rank {rank} lacks {missing}" for rank, missing in lacking.items() if missing)
+    raise OptionError(
+        "finalize_metrics needs the same metrics on every rank, with the same reducers: "
+        + (told or f"{differing} differ in theirs")
+    )

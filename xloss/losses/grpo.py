@@ -49,6 +49,7 @@ class GRPOLossConfig(MaskedLossConfig):
         value_loss_coef: its factor.
         rollout_correction: weights and masks on the policy term that correct the sampler against the trainer.
         positive_nll_coef: factor of the mean of ``-logprobs`` over tokens of positive ``rewards`` (VAPO).
+        return_token_accuracy: report how often the label is the most probable token.
         nonfinite: what to do where the inputs of a token are NaN or inf: ``raise``, or ``drop`` the token and count it.
     """
 
@@ -59,6 +60,7 @@ class GRPOLossConfig(MaskedLossConfig):
     value_loss_coef: float = Field(default=0.1, allow_inf_nan=False)
     rollout_correction: AnyRolloutCorrection = None
     positive_nll_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    return_token_accuracy: bool = False
     nonfinite: NonFinite = "raise"
 
     @property
@@ -254,7 +256,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         cfg = self.loss_cfg
         ranked = cfg.top_entropy_quantile is not None
         entropy = cfg.entropy_coef != 0 or ranked or cfg.policy_loss_cfg.needs_entropy
-        return StatSpec(entropy=entropy, divergence=cfg.full_kl)
+        return StatSpec(entropy=entropy, divergence=cfg.full_kl, top1=cfg.return_token_accuracy)
 
     def live_mask(self) -> Tensor:
         if self.is_token_local():
@@ -351,12 +353,13 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             weights, figures = correction.correct_in_pass(cfg.rollout_correction, batch)
             loss = loss * weights
             metrics |= figures
+        terms = {"pg_loss": loss}
         if kw.nll_loss_weight is not None:
-            loss = loss - batch.logprobs * kw.nll_loss_weight
+            terms["nll_loss"] = -batch.logprobs * kw.nll_loss_weight
         if cfg.use_kl_loss:
             sampled = kw.rollout_logprobs if cfg.kl_ratio_anchor == "rollout" else self._old(kw)
             kl = kl_of(cfg, batch, sampled, stats.divergence)
-            loss = loss + kl * kw.kl_loss_weight
+            terms["kl_loss"] = kl * kw.kl_loss_weight
             metrics["ref_kl"] = Metric.mean(kl, valid)
         if stats.entropy is not None:
             metrics["entropy"] = Metric.mean(stats.entropy, valid)
@@ -364,8 +367,12 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
                 entropy = stats.entropy
                 if "low_entropy" in masks:  # TRL leaves these tokens out of the bonus too
                     entropy = entropy.masked_fill(~masks["low_entropy"], 0)
-                loss = loss - entropy * kw.entropy_loss_weight
-        return loss, metrics
+                terms["entropy_loss"] = -entropy * kw.entropy_loss_weight
+        if stats.top1 is not None:
+            metrics["token_accuracy"] = Metric.mean((stats.top1 == kw.shifted_labels).to(loss.dtype), valid)
+        metrics |= Metric.totals(terms, 1 / calibration.gradient_factor(cfg.grad_reduce))
+        first, *others = terms.values()
+        return sum(others, start=first), metrics
 
 
 _NEED_REF = (
