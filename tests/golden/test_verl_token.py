@@ -1,4 +1,4 @@
-"""Golden cases of verl's losses of each token's own ratio, its entropy and full actor loss.
+"""Golden cases of verl's losses of each token's own ratio, its KL penalties, entropy and full actor loss.
 
 Contract: losses and both gradients of verl's own code, in float64 (eager and chunked) and float32; per-token KL values.
 
@@ -20,7 +20,7 @@ from tests.golden.records import Entry, case_id
 from tests.oracle import grpo, head
 from xloss.policy.kl import kl_penalty
 
-NAMES = ("vanilla", "cispo", "sapo", "gpg", "ppo_full", "entropy")
+NAMES = ("vanilla", "cispo", "sapo", "gpg", "kl_penalty", "ppo_full", "entropy")
 CASES: list[Entry] = records.entries("verl", *(f"verl_{name}" for name in NAMES))
 DIFFERENT: dict[str, str] = {}
 REDUCTION = {
@@ -69,7 +69,9 @@ def step_of(entry: Entry) -> Step:
         config["entropy_coef"] = -1.0  # recorded as a value, not as a bonus
     elif "entropy_coeff" in cfg:
         config["entropy_coef"] = cfg["entropy_coeff"]
-    if cfg.get("use_kl_loss"):
+    if name == "kl_penalty":
+        config |= {"use_kl_loss": True, "kl_loss_coef": 1.0, "kl_loss_type": cfg["kl_penalty"]}
+    elif cfg.get("use_kl_loss"):
         config |= {n: cfg[n] for n in ("use_kl_loss", "kl_loss_coef", "kl_loss_type")}
     fields: dict[str, Tensor] = {}
     if mode == "none":
