@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.golden import records
 from tests.golden.policy_step import RUNS, dtype_key, every_run
 from tests.golden.records import Entry, case_id
+from tests.oracle import grpo, head
 from tests.property.helpers import leaf
 from xloss import CELossConfig, CELossContextInputItem, GRPOLossConfig, RLLossContextInputItem, linear_logprobs
 
@@ -106,6 +107,24 @@ def test_prime(entry: Entry, run: str) -> None:
     found: dict[str, Any] = {"loss": [float(x.detach()) for x in losses], "grad_weight": weight.grad}
     found |= {f"grad_hidden_{b}": h.grad for b, h in enumerate(hidden)}
     assert not records.mismatches(entry, found, dtype_key(dtype))
+
+
+PLAIN = [e for e in STEPS if not {"rl_weights", "ce_weights", "ref_kl", "only_ce"} & e["config"].keys()]
+
+
+@pytest.mark.parametrize("entry", PLAIN, ids=case_id)
+def test_oracle(entry: Entry) -> None:
+    """The oracle on trial, for its policy losses."""
+    cfg, data = entry["config"], records.tensors(entry["inputs"])
+    policy, losses = policy_of(cfg), []
+    for b in range(int(data["n_batches"])):
+        labels = data[f"labels_{b}"]
+        options = head.Head(temperature=cfg.get("temperature", 1.0))
+        stats = head.token_stats(data[f"hidden_{b}"].double(), data["weight"].double(), labels, None, options)
+        advantages = data[f"{cfg.get('adv', 'adv_seq_tok')}_{b}"].double() * cfg.get("loss", {}).get("adv_tau", 1.0)
+        each = grpo.POLICY["dppo_tv"](stats.logprobs, data[f"old_logps_{b}"].double(), advantages, policy)
+        losses.append(float(each[labels != -100].sum()) / cfg["rl_scale"])
+    assert not records.mismatches(entry, {"loss": losses})
 
 
 @pytest.mark.parametrize("mode", ["eager", "chunk"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.golden import records
 from tests.golden.policy_step import Step, every_run, padded, run_step
 from tests.golden.records import Entry, case_id
-from tests.oracle import head
+from tests.oracle import grpo, head
 from xloss.policy.kl import kl_penalty
 
 NAMES = ("vanilla", "cispo", "sapo", "gpg", "kl_penalty", "ppo_full", "entropy")
@@ -88,6 +88,34 @@ def step_of(entry: Entry) -> Step:
 def test_verl(entry: Entry, run: str) -> None:
     precision, found, _ = run_step(step_of(entry), run)
     assert not records.mismatches(entry, found, precision)
+
+
+ORACLES = records.entries("verl", "verl_vanilla", "verl_cispo", "verl_sapo", "verl_gpg")
+
+
+@pytest.mark.parametrize("entry", ORACLES, ids=case_id)
+def test_oracle(entry: Entry) -> None:
+    """The oracle on trial: losses and gradients from its formulas and loops over sequences."""
+    step = step_of(entry)
+    (item,), policy = step.items, step.config["policy_loss_cfg"]
+    *hidden, weight = leaves = head.leaves(*step.hidden, step.weight)
+    stats = head.token_stats(hidden[0], weight, item["shifted_labels"])
+    live = item["shifted_labels"] != -100
+    names = ("old_logprobs", "advantages")
+    losses = grpo.POLICY[policy["loss_type"]](stats.logprobs, *(item[n].double() for n in names), policy)
+    losses = losses * item.get("is_weights", torch.ones(())).double()
+    rows = [row[mask] for row, mask in zip(losses, live, strict=True) if mask.any()]
+    sums = torch.stack([row.sum() for row in rows])
+    totals = {
+        "token": sums.sum() / int(live.sum()),
+        "sample": torch.stack([row.mean() for row in rows]).mean(),
+        "sample_sum": sums.mean(),
+        "sample_sum_norm": sums.mean() / step.config.get("norm_length", 1),
+    }
+    total = totals[step.config["loss_reduction"]] * step.factor
+    grads = head.grads(total, leaves)
+    found = {"loss": [total.item()], "grad_hidden": grads[0], "grad_weight": grads[1]}
+    assert not records.mismatches(entry, found)
 
 
 @pytest.mark.parametrize("entry", records.entries("verl", "verl_kl_penalty"), ids=case_id)

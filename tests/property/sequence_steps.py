@@ -21,11 +21,14 @@ from xloss.losses.policies import find_policy_loss
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "segment", "sequence_sum")
 
 
+NAMES = ("gspo", "gspo_token", "segment_ratio", "rloo", "luspo", "gmpo", "vespo", "real", "a_star_po", "fipo",
+         "ppo", "cispo", "sapo")  # fmt: skip
+
+
 @st.composite
-def sequence_policies(draw: st.DrawFn) -> dict[str, Any]:
+def sequence_policies(draw: st.DrawFn, name: str | None = None) -> dict[str, Any]:
     """A policy_loss_cfg that couples tokens, with clips tight enough that both sides act."""
-    name = draw(st.sampled_from(("gspo", "gspo_token", "segment_ratio", "rloo", "luspo", "gmpo", "vespo", "real",
-                                 "a_star_po", "fipo", "ppo", "cispo", "sapo")))  # fmt: skip
+    name = name or draw(st.sampled_from(NAMES))
     tight = {"cliprange_low": draw(st.sampled_from((3e-4, 0.1))), "cliprange_high": draw(st.sampled_from((4e-4, 0.2)))}
     several = draw(st.booleans())
     options: dict[str, dict[str, Any]] = {

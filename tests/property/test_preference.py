@@ -113,7 +113,7 @@ def test_length_desensitised(name: str, seed: int, ld_alpha: float) -> None:
 
 @every_run
 @few
-@given(seed=seeds, name=st.sampled_from(("sigmoid", "simpo", "cpo", "ipo")), limit=st.sampled_from((None, 1.0, 0.1)))
+@given(seed=seeds, name=st.sampled_from(("sigmoid", "simpo", "cpo", "ipo")), limit=st.sampled_from((None, 1.0, 0.002)))
 def test_weighting(run: dict[str, Any], seed: int, name: str, limit: float | None) -> None:
     check(case(seed), objective(term(name), use_weighting=True, max_weighting=limit), run)
 

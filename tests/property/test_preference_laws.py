@@ -172,6 +172,14 @@ def test_orpo_odds_near_certainty() -> None:
     torch.testing.assert_close(formulas.log_odds(deep), deep)
 
 
+def test_weights_of_wpo_are_bounded_constants() -> None:
+    aligned = torch.tensor([-1.0, 0.5, 1e4], dtype=torch.float64, requires_grad=True)
+    free, held = formulas.wpo_weight(aligned), formulas.wpo_weight(aligned, 1.2)
+    torch.testing.assert_close(free[:2], torch.exp(aligned.detach()[:2]))
+    torch.testing.assert_close(held, torch.tensor([free[0], 1.2, 1.2], dtype=torch.float64))
+    assert not free.requires_grad and bool(free.isfinite().all())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_list_of_one_is_the_loss(name: str) -> None:
     """MPO with one term; two halves; a name, a dict and a list."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import budgets
+from tests.oracle import head, sequence
+from tests.property.sequence_steps import NAMES, sequence_policies
 from xloss.losses.policies import find_policy_loss
 from xloss.packing import Segments
 from xloss.policy.batch import PolicyBatch
@@ -54,6 +57,7 @@ def batch(
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     valid = torch.rand(count, generator=g) < (0.7 if masked else 1.1)
     advantages = torch.randn(len(lengths), generator=g, dtype=torch.float64)[ids] if constant else randn()
+    advantages = advantages * (torch.rand(count, generator=g) < (1.1 if constant else 0.7))
     now = -randn().abs()
     return PolicyBatch(
         logprobs=now.requires_grad_(),
@@ -87,6 +91,32 @@ def same(ours: Tensor, theirs: Tensor) -> None:
 
 packs = st.lists(st.integers(0, 5), min_size=1, max_size=5)
 seeds = st.integers(0, 2**31)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(
+    data=st.data(),
+    lengths=st.lists(st.integers(0, 7), min_size=6, max_size=9),
+    seed=seeds,
+    drift=st.sampled_from((2.0, 0.4)),
+    weighted=st.booleans(),
+)
+def test_oracle(name: str, data: st.DataObject, lengths: list[int], seed: int, drift: float, weighted: bool) -> None:
+    """Values and gradients under random adjoints: every option of every loss, in packs that reach its bounds."""
+    x, policy = batch(lengths, seed, drift=drift, constant=False), data.draw(sequence_policies(name))
+    cfg = find_policy_loss(name).model_validate(policy)
+    g = torch.Generator().manual_seed(seed)
+    adjoint, weights = (torch.rand(sum(lengths), generator=g, dtype=torch.float64) + 0.1 for _ in range(2))
+    folded = weights if weighted and cfg.folds_is_weights else None
+    bounds = list(pairwise([0, *torch.tensor(lengths).cumsum(0).tolist()]))
+    gold = sequence.Tokens(x.logprobs, x.old_logprobs, x.advantages, x.sequences.valid, bounds, x.ref_logprobs, folded,
+                           x.groups)  # fmt: skip
+    found = []
+    for loss in (losses(policy, replace(x, is_weights=folded)), sequence.per_token(gold, cfg.model_dump())):
+        (grad,) = head.grads((loss * adjoint).sum(), [x.logprobs])
+        found.append((loss.detach(), grad))
+    for ours, theirs in zip(*found, strict=True):
+        budgets.assert_rounding(name, ours, theirs, 30.0, 1.0)  # log-ratios of that size
 
 
 @pytest.mark.parametrize("name", [n for n in POLICIES if n not in DETACHED])
@@ -222,6 +252,8 @@ def test_masks_that_nothing_reaches(lengths: list[int], seed: int) -> None:
     assert off_policy_sequence_mask(*sampled, x.advantages.abs(), x.sequences, delta=-math.inf).all()
     losing = off_policy_sequence_mask(*sampled, -1 - x.advantages.abs(), x.sequences, delta=-math.inf)
     assert not losing.any()
+    same_policy = (x.logprobs, x.logprobs)
+    assert off_policy_sequence_mask(*same_policy, -x.advantages.abs(), x.sequences, delta=0.0).all()
     assert torch.equal(top_entropy_mask(x.advantages, x.sequences.valid, quantile=1.0), x.sequences.valid)
 
 
