@@ -141,6 +141,9 @@ class PreferenceLossContext(BaseLossContext[PreferenceLossContextInputItem]):
         require(self.loss_kwargs, "loss_divisor", "call build_batches on the contexts of this optimizer step first")
         _check_fields(self.loss_kwargs, self.loss_cfg)
 
+    def why_coupled(self) -> str:
+        return "a preference is between whole sequences"
+
     def stats_needed(self) -> StatSpec:
         return StatSpec(sum_p2=self.loss_cfg.use_weighting)
 
