@@ -33,6 +33,7 @@ VANILLA = {"loss_type": "vanilla", "cliprange_low": 0.2, "cliprange_high": 0.28,
 REDUCTION = {
     "token-mean": "token",
     "seq-mean-token-sum": "sample_sum",
+    "seq-mean-token-mean": "sample",
 }
 VERL_METRICS = {
     "rollout_corr/kl": "mismatch_k1",
