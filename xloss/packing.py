@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +35,46 @@ def segment_ids(cu_seq_lens: Tensor, num_tokens: int) -> Tensor:
     return torch.searchsorted(cu_seq_lens[1:].to(torch.int64).contiguous(), positions, right=True)
 
 
+class _Sum(torch.autograd.Function):
+    """``[T]`` to ``[N]``, sums over ``bounds``; the adjoint of ``_Spread``.
+
+    The two are written down because on CUDA ``index_add`` adds in whatever order its threads come, and on a CPU the
+    backward of indexing does; ``segment_reduce`` adds in a fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ids: Tensor, bounds: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, bounds)
+        return torch.segment_reduce(values, "sum", offsets=bounds, unsafe=True)  # unsafe: no wait to check bounds
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _Spread.apply(grads[0], *ctx.saved_tensors), None, None
+
+
+class _Spread(torch.autograd.Function):
+    """``[N]`` to ``[T]``, the value of its segment at each token; the adjoint of ``_Sum``."""
+
+    @staticmethod
+    def forward(ctx: Any, per_segment: Tensor, ids: Tensor, bounds: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, bounds)
+        return per_segment[ids]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _Sum.apply(grads[0], *ctx.saved_tensors), None, None
+
+
 def segment_sum(values: Tensor, cu_seq_lens: Tensor) -> Tensor:
-    """Sum of ``values [T]`` per sequence, ``[N]``; differentiable."""
-    ids = segment_ids(cu_seq_lens, values.shape[0])
-    return values.new_zeros(cu_seq_lens.numel() - 1).index_add(0, ids, values)
+    """Sum of ``values [T]`` per sequence, ``[N]``; differentiable. The same bits every time, on CUDA too."""
+    summed: Tensor = _Sum.apply(values, segment_ids(cu_seq_lens, values.shape[0]), cu_seq_lens)
+    return summed
 
 
 def broadcast_segments(per_sequence: Tensor, cu_seq_lens: Tensor, num_tokens: int) -> Tensor:
     """Value of its sequence for each token: ``[N]`` to ``[num_tokens]``; differentiable."""
-    return per_sequence[segment_ids(cu_seq_lens, num_tokens)]
+    spread: Tensor = _Spread.apply(per_sequence, segment_ids(cu_seq_lens, num_tokens), cu_seq_lens)
+    return spread
 
 
 def rows_as_segments(shape: torch.Size, device: torch.device) -> Tensor:
@@ -98,7 +131,7 @@ class Segments:
     """The sequences of a batch as a loss that couples tokens needs them. Sums run over valid tokens only.
 
     Args:
-        ids: ``[T]`` int64, number of each token's sequence.
+        ids: ``[T]`` int64, number of each token's sequence; never falls.
         count: how many sequences there are, empty ones included.
         valid: ``[T]`` bool, tokens that belong to the loss. Whatever stands elsewhere, NaN too, changes nothing.
     """
@@ -112,9 +145,15 @@ class Segments:
         """From the bounds ``[N + 1]`` of packed sequences and a mask ``[T]``."""
         return cls(segment_ids(cu_seq_lens, valid.numel()), cu_seq_lens.numel() - 1, valid)
 
+    @cached_property
+    def bounds(self) -> Tensor:
+        """``cu_seq_lens`` of these sequences, ``[count + 1]``."""
+        return torch.searchsorted(self.ids, torch.arange(self.count + 1, device=self.ids.device))
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the valid tokens of each sequence, ``[T]`` to ``[count]``; differentiable."""
-        return values.new_zeros(self.count).index_add(0, self.ids, values.masked_fill(~self.valid, 0))
+        summed: Tensor = _Sum.apply(values.masked_fill(~self.valid, 0), self.ids, self.bounds)
+        return summed
 
     def lengths(self, like: Tensor) -> Tensor:
         """Valid tokens of each sequence, ``[count]``, in the dtype of ``like``."""
@@ -132,7 +171,8 @@ class Segments:
 
     def spread(self, per_sequence: Tensor) -> Tensor:
         """Value of its sequence for each token, ``[count]`` to ``[T]``; differentiable."""
-        return per_sequence[self.ids]
+        spread: Tensor = _Spread.apply(per_sequence, self.ids, self.bounds)
+        return spread
 
     def runs(self) -> Segments:
         """The runs of consecutive valid tokens within the sequences: the turns of a conversation.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.oracle import ce
 from tests.strategies import packs
@@ -27,7 +28,7 @@ from xloss import (
     shift_labels,
 )
 from xloss.errors import DtypeError, LabelError, MissingFieldError, OptionError, ShapeError, UnsupportedError
-from xloss.packing import roll_segments
+from xloss.packing import Segments, broadcast_segments, roll_segments, segment_sum
 
 
 @given(lengths=packs(), shift=st.integers(0, 8), row=st.booleans(), ignore_idx=st.sampled_from((-100, -1)))
@@ -47,6 +48,66 @@ def test_rows_are_sequences() -> None:
     assert shift_labels(labels[0], ignore_idx=-1).tolist() == [1, 2, 3, -1]
     assert shift_labels(labels[:, :0]).shape == (2, 0)
     assert shift_labels(labels.reshape(1, 8), torch.tensor([0, 3, 8])).tolist() == [[1, 2, -100, 4, 5, 6, 7, -100]]
+
+
+@given(lengths=packs(), seed=st.integers(0, 99))
+def test_sums_per_sequence(lengths: list[int], seed: int) -> None:
+    """Against a loop; empty sequences have 0, and NaN at tokens left out changes nothing, in the gradient neither."""
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randn(sum(lengths), generator=g, dtype=torch.float64)
+    valid = torch.rand(sum(lengths), generator=g) < 0.7
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    torch.testing.assert_close(segment_sum(values, bounds), _looped(values, lengths))
+    poisoned = values.masked_fill(~valid, torch.nan).requires_grad_()
+    sequences = Segments.of(bounds, valid)
+    sums = sequences.sum(poisoned)
+    torch.testing.assert_close(sums, _looped(values * valid, lengths))
+    upstream = torch.randn(len(lengths), generator=g, dtype=torch.float64)
+    (sums * upstream).sum().backward()
+    each = torch.cat([u.expand(n) for u, n in zip(upstream, lengths, strict=True)] or [upstream])
+    torch.testing.assert_close(poisoned.grad, each * valid)
+    assert torch.equal(sequences.spread(upstream), each)
+    assert torch.equal(sequences.bounds, bounds)
+
+
+def _looped(values: Tensor, lengths: list[int]) -> Tensor:
+    return torch.stack([part.sum() for part in values.split(lengths)]) if lengths else values.new_zeros(0)
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 4], [0, 0], [1]])
+def test_sums_differentiate_twice(lengths: list[int]) -> None:
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    values = torch.randn(sum(lengths), dtype=torch.float64, requires_grad=True)
+    per_sequence = torch.randn(len(lengths), dtype=torch.float64, requires_grad=True)
+
+    def summed(x: Tensor) -> Tensor:
+        return segment_sum(x, bounds).square()
+
+    def spread(x: Tensor) -> Tensor:
+        return broadcast_segments(x, bounds, sum(lengths)).square()
+
+    for fn, x in ((summed, values), (spread, per_sequence)):
+        assert torch.autograd.gradcheck(fn, x)
+        assert torch.autograd.gradgradcheck(fn, x)
+
+
+def test_sums_are_the_same_bits_with_threads() -> None:
+    """The backward of plain indexing adds in the order in which threads come, where tensors are this large."""
+    sizes = [40000, 3, 30000]
+    bounds = torch.tensor([0, *sizes]).cumsum(0)
+    g = torch.Generator().manual_seed(0)
+    upstream = torch.randn(sum(sizes), generator=g) * 10.0 ** torch.randint(-4, 5, (sum(sizes),), generator=g)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 4, 4, 4):
+            torch.set_num_threads(count)
+            per_sequence = torch.zeros(len(sizes), requires_grad=True)
+            loss = (broadcast_segments(per_sequence, bounds, sum(sizes)) * upstream).sum()
+            found.append(torch.autograd.grad(loss, per_sequence)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(grad, found[0]) for grad in found)
 
 
 LABELS = torch.tensor([[1, 2, -100, 0]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xloss.packing import Segments
 from xloss.policy import surrogate, weights
 
 
@@ -100,7 +101,9 @@ def second_moment_mask(log_ratio: Tensor, considered: Tensor, threshold: float) 
     squares = log_ratio.detach().masked_fill(~considered, 0).square()
     ascending, order = squares.masked_fill(~considered, torch.inf).sort(stable=True)
     counts = torch.arange(1, squares.numel() + 1, device=squares.device, dtype=squares.dtype)
-    fits = ascending.masked_fill(ascending.isinf(), 0).cumsum(0) / counts < threshold
+    whole = Segments(torch.zeros_like(order), 1, torch.ones_like(considered))  # cumsum's bits vary on CUDA
+    sums = whole.discounted_future(ascending.masked_fill(ascending.isinf(), 0).flip(0), 1.0).flip(0)
+    fits = sums / counts < threshold
     fits[:1] = True
     return torch.zeros_like(considered).scatter(0, order, fits) & considered
 

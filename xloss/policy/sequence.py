@@ -74,31 +74,32 @@ def real(log_ratio: Tensor, advantages: Tensor, sequences: Segments, groups: Ten
     score = sequences.mean(log_ratio) / tau
     positive = sequences.mean(advantages) > 0
     present = sequences.lengths(log_ratio) > 0
-    of = _dense_groups(sequences, groups)
-    log_sum_neg = _log_one_plus_sum_exp(score.masked_fill(positive | ~present, -torch.inf), of)
-    log_sum_pos = _log_one_plus_sum_exp((-score).masked_fill(~positive | ~present, -torch.inf), of)
-    counts = score.new_zeros(2, sequences.count)
-    num_pos, num_neg = counts.index_add(1, of, torch.stack([positive & present, ~positive & present]).to(score.dtype))
+    order, by_group = _groups(sequences, groups)
+    log_sum_neg = _log_one_plus_sum_exp(score.masked_fill(positive | ~present, -torch.inf)[order], by_group)
+    log_sum_pos = _log_one_plus_sum_exp((-score).masked_fill(~positive | ~present, -torch.inf)[order], by_group)
+    num_pos, num_neg = (by_group.sum(side[order].to(score.dtype)) for side in (positive & present, ~positive & present))
     both = (num_pos > 0) & (num_neg > 0)
-    return sequences.spread(torch.where(both, log_sum_neg + log_sum_pos, 0)[of])
+    of_group = by_group.spread(torch.where(both, log_sum_neg + log_sum_pos, 0))
+    return sequences.spread(of_group[order.argsort()])
 
 
-def _dense_groups(sequences: Segments, groups: Tensor) -> Tensor:
-    """``[count]``: number of each sequence's group, counted from 0 without gaps; empty sequences share one."""
+def _groups(sequences: Segments, groups: Tensor) -> tuple[Tensor, Segments]:
+    """An order ``[count]`` in which the sequences of a group stand together, and the groups in that order.
+
+    Empty sequences share one.
+    """
     known = groups.to(torch.int64).masked_fill(~sequences.valid, -1)
     group = known.new_full((sequences.count,), -1).scatter_reduce(0, sequences.ids, known, "amax")
-    in_order, order = group.sort()
-    steps = torch.zeros_like(in_order)
-    steps[1:] = (in_order[1:] != in_order[:-1]).to(steps.dtype)
-    return torch.empty_like(group).scatter(0, order, steps.cumsum(0))
+    in_order, order = group.sort(stable=True)
+    starts = torch.zeros_like(in_order)
+    starts[1:] = (in_order[1:] != in_order[:-1]).to(starts.dtype)
+    return order, Segments(starts.cumsum(0), sequences.count, torch.ones_like(order, dtype=torch.bool))
 
 
-def _log_one_plus_sum_exp(values: Tensor, of: Tensor) -> Tensor:
+def _log_one_plus_sum_exp(values: Tensor, by_group: Segments) -> Tensor:
     """``log(1 + sum exp(values))`` over the entries of each group, ``[count]``; -inf adds nothing."""
-    zeros = torch.zeros_like(values)
-    highest = zeros.scatter_reduce(0, of, values.detach(), "amax")
-    total = torch.exp(-highest).index_add(0, of, torch.exp(values - highest[of]))
-    return highest + torch.log(total)
+    highest = by_group.max(values.detach()).clamp(min=0)
+    return highest + torch.log(torch.exp(-highest) + by_group.sum(torch.exp(values - by_group.spread(highest))))
 
 
 def a_star_po(
