@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss import distributed
 from xloss.errors import MissingFieldError, OptionError, ShapeError, UnsupportedError
 from xloss.losses import calibration
-from xloss.losses.base import BaseLossConfig, BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.config import BaseLossConfig
 from xloss.losses.preferences import AnyPreferenceTerm, PreferenceBatch, PreferenceTerm, Side
 from xloss.losses.preferences.base import SHARED
 from xloss.losses.preferences.kwargs import PreferenceLossContextInputItem, PreferenceLossKwargs
