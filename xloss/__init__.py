@@ -2,8 +2,9 @@
 
 from xloss.errors import XlossError
 from xloss.head.linear_logprobs import linear_logprobs
-from xloss.losses.base import BaseLossConfig, BaseLossContext
+from xloss.losses.base import BaseLossContext
 from xloss.losses.ce import CELossConfig, CELossContext, CELossContextInputItem, CELossKwargs
+from xloss.losses.config import BaseLossConfig
 from xloss.losses.distill import (
     DistillLossConfig,
     DistillLossContext,

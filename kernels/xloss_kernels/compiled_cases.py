@@ -65,13 +65,16 @@ def _dlogits(dtype: torch.dtype, full: bool, overlay: bool = False) -> Callable[
     return launch
 
 
-def _policy(dtype: torch.dtype, spec: PolicySpec, full: bool = False, out: str = "in place") -> Callable[[int], object]:
+def _policy(
+    dtype: torch.dtype, spec: PolicySpec, full: bool = False, out: str = "in place", mean: bool = False
+) -> Callable[[int], object]:
     def launch(arch: int) -> object:
         logits = _logits(dtype)
         target = {"in place": None, "bf16": _logits(_BF16), "overlay": logits.view(_BF16)[:, :_VOCAB]}[out]
         return policy_rows.policy_rows(
             logits, _labels(), spec, _everything(dtype) if full else None, weight=_vector(), advantages=_vector(),
-            old_logprobs=_vector(), ref_logprobs=_vector(), kl_weight=_vector(), out=target)  # fmt: skip
+            old_logprobs=_vector(), ref_logprobs=_vector(), kl_weight=_vector(), mean_logit=full or mean,
+            sum_p2=full, top1=full, out=target)  # fmt: skip
 
     return launch
 
@@ -120,6 +123,7 @@ def points(kernel: str = "") -> list[tuple[Case, int]]:
 
 
 _GRPO_FULL = PolicySpec("ppo", dual_clip=3.0, kl="k3", entropy_coef=0.01, z_loss_coef=1e-4)
+_SMOOTH = PolicySpec("ce", label_smoothing=0.1)
 _FLOAT32, _BF16 = torch.float32, torch.bfloat16
 
 CASES = (
@@ -131,6 +135,7 @@ CASES = (
     Case(dlogits, "dlogits_kernel", "float32 to bf16 overlay", _dlogits(_FLOAT32, False, overlay=True)),
     Case(dlogits, "dlogits_kernel", "bf16, every option", _dlogits(_BF16, True)),
     Case(policy_rows, "policy_rows_kernel", "ce, bf16", _policy(_BF16, PolicySpec("ce"))),
+    Case(policy_rows, "policy_rows_kernel", "ce + label smoothing, bf16", _policy(_BF16, _SMOOTH, mean=True)),
     Case(policy_rows, "policy_rows_kernel", "ppo, float32", _policy(_FLOAT32, PolicySpec("ppo"))),
     Case(policy_rows, "policy_rows_kernel", "ppo, bf16", _policy(_BF16, PolicySpec("ppo"))),
     Case(policy_rows, "policy_rows_kernel", "cispo, bf16", _policy(_BF16, PolicySpec("cispo"))),

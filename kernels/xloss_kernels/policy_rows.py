@@ -19,6 +19,7 @@ import triton.language as tl
 
 from xloss_kernels import formulas, tiles, tuned
 from xloss_kernels.checks import check_rows, check_vectors, is_overlay
+from xloss_kernels.row_stats import store_stats
 from xloss_kernels.rows import label_logits, row_softmax, write_dlogits, write_zeros
 from xloss_kernels.transform import Transform, row_inv_temperature
 
@@ -49,12 +50,18 @@ class PolicySpec:
 
 
 class PolicyRows(NamedTuple):
-    """Per row, float32 [C]; 0 (False) on ignored rows. `loss` is weighted; `entropy` None unless asked for or used."""
+    """Per row, float32 [C]; 0 (False; `top1` -1) on ignored rows. `loss` is weighted.
+
+    Of the statistics `entropy` is there if asked for or used, `mean_logit`, `sum_p2` and `top1` (int64) if asked for.
+    """
 
     loss: torch.Tensor
     logprobs: torch.Tensor
     lse: torch.Tensor
     entropy: torch.Tensor | None
+    mean_logit: torch.Tensor | None
+    sum_p2: torch.Tensor | None
+    top1: torch.Tensor | None
     log_ratio: torch.Tensor
     clipped_low: torch.Tensor  # bool
     clipped_high: torch.Tensor  # bool
@@ -95,21 +102,19 @@ def policy_term(logprob, old, advantage, ratio_min, ratio_max, dual_clip, delta,
 
 @triton.jit
 def policy_rows_kernel(logits, out, labels, weight, advantages, old_logprobs, ref_logprobs, kl_weight, aux_weight,
-                       grad_scale, bias, temperature, loss, logprobs, lse, entropy, log_ratio, clipped_low,
-                       clipped_high, num_vocab, row_stride, out_stride, ignore_index, logit_scale, softcap,
-                       inv_temperature, ratio_min, ratio_max, dual_clip, delta, log_ratio_min, log_ratio_max, beta,
-                       label_smoothing, entropy_coef, z_loss_coef, kl_clamp_in, kl_clamp_out, LOSS: tl.constexpr,
-                       KL: tl.constexpr, KL_GRAD: tl.constexpr, WITH_GRAD: tl.constexpr, OVERLAY: tl.constexpr,
-                       FOLD: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+                       grad_scale, bias, temperature, loss, logprobs, lse, entropy, mean_logit, sum_p2, top1,
+                       log_ratio, clipped_low, clipped_high, num_vocab, row_stride, out_stride, ignore_index,
+                       logit_scale, softcap, inv_temperature, ratio_min, ratio_max, dual_clip, delta, log_ratio_min,
+                       log_ratio_max, beta, label_smoothing, entropy_coef, z_loss_coef, kl_clamp_in, kl_clamp_out,
+                       LOSS: tl.constexpr, KL: tl.constexpr, KL_GRAD: tl.constexpr, WITH_GRAD: tl.constexpr,
+                       OVERLAY: tl.constexpr, FOLD: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = out + row * out_stride
     label = tl.load(labels + row)
     if label == ignore_index:
         tl.store(loss + row, 0.0)
         tl.store(logprobs + row, 0.0)
-        tl.store(lse + row, 0.0)
-        if entropy is not None:
-            tl.store(entropy + row, 0.0)
+        store_stats(row, None, False, 0.0, 0.0, 0.0, 0.0, 0, lse, entropy, mean_logit, sum_p2, top1)
         tl.store(log_ratio + row, 0.0)
         tl.store(clipped_low + row, 0)
         tl.store(clipped_high + row, 0)
@@ -119,9 +124,10 @@ def policy_rows_kernel(logits, out, labels, weight, advantages, old_logprobs, re
 
     start = logits + row * row_stride
     inverse = row_inv_temperature(temperature, row, inv_temperature)
-    peak, log_total, entropy_value, mean_logit, _, _ = row_softmax(
-        start, bias, num_vocab, logit_scale, softcap, inverse, entropy is not None, label_smoothing is not None,
-        False, False, "evict_last", FOLD, LANES)  # fmt: skip
+    peak, log_total, entropy_value, mean_value, p2_value, best = row_softmax(
+        start, bias, num_vocab, logit_scale, softcap, inverse, entropy is not None,
+        (label_smoothing is not None) or (mean_logit is not None), sum_p2 is not None, top1 is not None,
+        "evict_last", FOLD, LANES)  # fmt: skip
     ids = label + tl.zeros((1,), tl.int64)
     inside = (ids >= 0) & (ids < num_vocab)
     z, _ = label_logits(start, bias, ids, inside, logit_scale, softcap, inverse)
@@ -136,7 +142,7 @@ def policy_rows_kernel(logits, out, labels, weight, advantages, old_logprobs, re
     on_lse = logprob * 0.0
     on_mean = None
     if label_smoothing is not None:
-        value = value * (1.0 - label_smoothing) + label_smoothing * (lse_value - mean_logit)
+        value = value * (1.0 - label_smoothing) + label_smoothing * (lse_value - mean_value)
         slope = slope * (1.0 - label_smoothing)
         on_lse += label_smoothing * scale_of_row
         on_mean = -label_smoothing * scale_of_row / num_vocab
@@ -159,9 +165,8 @@ def policy_rows_kernel(logits, out, labels, weight, advantages, old_logprobs, re
 
     tl.store(loss + row, value)
     tl.store(logprobs + row, logprob)
-    tl.store(lse + row, lse_value)
-    if entropy is not None:
-        tl.store(entropy + row, entropy_value)
+    store_stats(row, None, True, lse_value, entropy_value, mean_value, p2_value, best,
+                lse, entropy, mean_logit, sum_p2, top1)  # fmt: skip
     tl.store(log_ratio + row, logprob - old)
     tl.store(clipped_low + row, low.to(tl.int8))
     tl.store(clipped_high + row, high.to(tl.int8))
@@ -202,6 +207,9 @@ def policy_rows(
     out: torch.Tensor | None = None,
     with_grad: bool = True,
     entropy: bool = False,
+    mean_logit: bool = False,
+    sum_p2: bool = False,
+    top1: bool = False,
     ignore_index: int = -100,
     tile: tiles.RowTile | None = None,
 ) -> PolicyRows:
@@ -209,6 +217,7 @@ def policy_rows(
 
     Vectors are float32 [C]. `weight` defaults to 1, `kl_weight` to 1, `aux_weight` (entropy and z-loss) to `weight`;
     `old_logprobs=None` is on-policy: ratio 1, gradient intact. `grad_scale` is a float32 device scalar on dlogits.
+    `entropy`, `mean_logit`, `sum_p2` and `top1` ask for these statistics, which cost no further read.
     `out` as in `dlogits`. `with_grad=False` leaves the logits untouched and writes no dlogits.
     """
     num_rows, num_vocab, _ = check_rows(logits, labels)
@@ -231,9 +240,18 @@ def policy_rows(
     def vector(dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(num_rows, dtype=dtype, device=logits.device)
 
-    wants_entropy = entropy or spec.entropy_coef != 0.0
-    rows = PolicyRows(vector(), vector(), vector(), vector() if wants_entropy else None, vector(),
-                      vector(torch.int8), vector(torch.int8))  # fmt: skip
+    rows = PolicyRows(
+        loss=vector(),
+        logprobs=vector(),
+        lse=vector(),
+        entropy=vector() if entropy or spec.entropy_coef != 0.0 else None,
+        mean_logit=vector() if mean_logit else None,
+        sum_p2=vector() if sum_p2 else None,
+        top1=vector(torch.int64) if top1 else None,
+        log_ratio=vector(),
+        clipped_low=vector(torch.int8),
+        clipped_high=vector(torch.int8),
+    )
     if num_rows:
         policy_rows_kernel[(num_rows,)](
             logits=logits,

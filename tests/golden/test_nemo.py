@@ -1,4 +1,4 @@
-"""Golden cases: NeMo RL's clipped policy gradient and its NLL.
+"""Golden cases: NeMo RL's clipped policy gradient.
 
 Contract: in float64 and float32, eager and chunked, loss and gradients are those of NeMo's own code.
 
@@ -16,12 +16,11 @@ import pytest
 import torch
 
 from tests.golden import records
-from tests.golden.policy_runs import assert_recorded, batches, every_run, item, precision, run_step
-from xloss import CELossConfig, CELossContextInputItem, GRPOLossConfig
+from tests.golden.policy_runs import assert_recorded, batches, every_run, item, run_step
+from xloss import GRPOLossConfig
 
 POLICY = records.entries("nemo", "nemo_clipped_pg")
-NLL = records.entries("nemo", "nemo_nll")
-CASES = POLICY + NLL
+CASES = POLICY
 DIFFERENT: dict[str, str] = {}
 
 
@@ -105,20 +104,3 @@ def test_clipped_pg(entry: records.Entry, dtype: torch.dtype, run: dict[str, Any
     ours = int((labels != -100).sum()) if by_token else labels.shape[0]
     undo = ours / theirs.get("global_valid_toks" if by_token else "global_valid_seqs", ours if by_token else rows)
     assert_recorded(entry, run_step(entry, cfg, [item(batch, **given)], dtype), dtype, undo)
-
-
-@every_run
-@pytest.mark.parametrize("entry", NLL, ids=records.case_id)
-def test_nll(entry: records.Entry, dtype: torch.dtype, run: dict[str, Any]) -> None:
-    (batch,) = batches(entry)
-    cfg = CELossConfig(**run)
-    (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs(
-        [CELossContextInputItem(shifted_labels=batch["labels"])], cfg
-    )
-    hidden, weight = (batch[name].to(dtype).requires_grad_() for name in ("hidden", "weight"))
-    loss, _ = cfg.loss_ctx_cls(cfg, kwargs).forward(hidden, weight)
-    count = int((batch["labels"] != -100).sum())
-    loss = loss * count / entry["config"].get("global_valid_toks", count)
-    loss.backward()
-    found = {"loss": loss, "grad_hidden": hidden.grad, "grad_weight": weight.grad}
-    assert records.mismatches(entry, found, precision(dtype)) == []

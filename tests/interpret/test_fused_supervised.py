@@ -1,8 +1,8 @@
 """Supervised losses in ``mode="fused"`` under the interpreter.
 
 Contract: loss, log-probs and gradients are those of ``mode="eager"`` in float64 to float32's rounding, whether a kernel
-knows the formula (cross-entropy, z-loss, DFT) or torch takes it between two kernels (focal, CHORD-phi, K targets, and
-whatever asks for a statistic that the loss kernel does not return), in one pass and in two. Which ran is asserted.
+knows the formula (cross-entropy, label smoothing, z-loss, DFT) or torch takes it between two kernels (focal, CHORD-phi,
+K targets), in one pass and in two. Which ran is asserted.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from xloss import (
 T, H, V, K = 13, 8, 71, 3
 # name: config class, its fields, whether the loss kernel knows it
 CASES: dict[str, tuple[Any, dict[str, Any], bool]] = {
-    "megatron": (CELossConfig, {"label_smoothing": 0.1, "label_smoothing_kind": "megatron"}, False),
+    "megatron": (CELossConfig, {"label_smoothing": 0.1, "label_smoothing_kind": "megatron"}, True),
+    "smooth": (CELossConfig, {"label_smoothing": 0.2, "z_loss_coef": 0.01, "return_token_accuracy": True}, True),
     "dft": (CELossConfig, {"token_scaling": "dft"}, True),
     "dft-z": (CELossConfig, {"token_scaling": "dft", "z_loss_coef": 0.01, "softcap": 5.0}, True),
     "class-z": (CELossConfig, {"z_loss_coef": 0.01}, True),
-    "accuracy": (CELossConfig, {"return_token_accuracy": True}, False),
+    "accuracy": (CELossConfig, {"return_token_accuracy": True}, True),
     "focal": (CELossConfig, {"focal_gamma": 2.0}, False),
     "chord": (CELossConfig, {"token_scaling": "chord_phi", "cutoff_prob": 0.5, "z_loss_coef": 0.01}, False),
     "soft": (SoftCELossConfig, {}, False),

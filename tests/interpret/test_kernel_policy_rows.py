@@ -110,6 +110,27 @@ def test_label_smoothing():
     torch.testing.assert_close(ours.loss, wanted, **budgets.KERNEL_FORMULA)
 
 
+@pytest.mark.parametrize("wanted", ["entropy", "mean_logit", "sum_p2", "top1"])
+@pytest.mark.parametrize("vocab", [1, 33, 100])
+def test_statistics_on_request(vocab, wanted):
+    """Bit for bit what row_stats makes of the same rows, each alone and with no change to the rest."""
+    raw, labels = inputs.logits("plain", ROWS, vocab), inputs.labels(ROWS, vocab)
+    labels[2] = -100
+    transform = inputs.transforms(ROWS, vocab)["all"]
+    known = row_stats(raw, labels, transform, **{wanted: True}, tile=inputs.ROW)
+    spec = PolicySpec("ce", label_smoothing=0.1)
+    plain = policy_rows(raw, labels, spec, transform, with_grad=False, tile=inputs.ROW)
+    ours = policy_rows(raw, labels, spec, transform, with_grad=False, **{wanted: True}, tile=inputs.ROW)
+    for name in ("entropy", "mean_logit", "sum_p2", "top1"):
+        assert getattr(plain, name) is None
+        if name != wanted:
+            assert getattr(ours, name) is None
+    found = getattr(ours, wanted)
+    assert found.dtype == getattr(known, wanted).dtype and torch.equal(found, getattr(known, wanted))
+    assert torch.equal(ours.loss, plain.loss) and torch.equal(ours.lse, known.lse)
+    assert found[2] == (-1 if wanted == "top1" else 0)
+
+
 @pytest.mark.parametrize("dual", [None, 1.5])
 @pytest.mark.parametrize("limits", [(-20.0, 20.0), (-0.3, 0.3)])
 def test_dual_clip_and_log_ratio_limits(dual, limits):

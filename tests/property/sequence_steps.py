@@ -142,9 +142,10 @@ def assert_oracle(case: SequenceCase, fields: dict[str, Any], got: Step) -> None
     terms = [_terms(case, b, s, fields, got.kwargs[b], folded) for b, s in enumerate(stats)]
     total = torch.stack([t.sum() for t in terms]).sum()
     adjoints = head.grads(total, [x for s in stats for x in (s.logprobs, s.entropy)], keep_graph=True)
-    adjoint = sum(budgets.norm(g) ** 2 for g in adjoints) ** 0.5
+    plain = [_on_policy(case, b, s.logprobs.detach(), got.kwargs[b]) for b, s in enumerate(stats)]
+    adjoint = sum(budgets.norm(g) ** 2 for g in [*adjoints, *plain]) ** 0.5
     gold = head.grads(total, leaves)
-    size, tokens = sum(float(t.detach().abs().sum()) for t in terms), sum(t.numel() for t in terms)
+    size, tokens = sum(float(t.detach().abs().sum()) for t in (*terms, *plain)), sum(t.numel() for t in terms)
     top, slope = max_logit(step), step.head.logit_scale / float(step.head.temperature)
     for ours, theirs in zip(got.losses, terms, strict=True):
         budgets.assert_rounding("loss", ours, theirs.sum(), top, size + adjoint * tokens**0.5)
@@ -154,6 +155,12 @@ def assert_oracle(case: SequenceCase, fields: dict[str, Any], got: Step) -> None
     for name, (ours, theirs, scale) in enumerate(zip(ours_all, gold, scales, strict=True)):
         if ours is not None and theirs is not None:
             budgets.assert_rounding(f"gradient {name}", ours, theirs, top, adjoint * slope * scale)
+
+
+def _on_policy(case: SequenceCase, b: int, lp: Tensor, kwargs: Any) -> Tensor:
+    """Sizes of the summands at ratio 1: a weight that happens to be 1e-100 was still made of numbers of that size."""
+    x = tokens_of(case, b, lp, folded=False)
+    return (torch.where(x.valid, x.advantages * (1 + x.lp.abs()), 0) * kwargs.policy_loss_weight.reshape(-1)).abs()
 
 
 def _terms(case: SequenceCase, b: int, stats: head.Stats, fields: dict[str, Any], kwargs: Any, folded: bool) -> Tensor:

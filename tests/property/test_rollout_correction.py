@@ -262,3 +262,24 @@ def test_padded_rows_are_sequences() -> None:
         (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg, cu_seq_lens_list=bounds)
         losses.append(cfg.loss_ctx_cls(cfg, kwargs).forward(h.reshape(*shape, -1), case.weight)[0])
     assert_same(losses[:1], losses[1:])
+
+
+@pytest.mark.parametrize("dropped", [0, 2])
+@pytest.mark.parametrize("policy", [VANILLA, {"loss_type": "gspo", "cliprange_low": 0.1, "cliprange_high": 0.1}])
+def test_renormalised_tokens_leave_the_batch(policy: dict[str, Any], dropped: int) -> None:
+    """As if their label were ignored, in sums over sequences, KL and entropy too; dropped ones stay in denominators."""
+    case, without = problem(12), problem(12)
+    terms = {"policy_loss_cfg": policy, "use_kl_loss": True, "kl_loss_type": "k3", "entropy_coef": 0.01}
+    for c, value in ((case, torch.inf), (without, 0.0)):
+        at = (c.labels[1] != -100).nonzero()[:dropped, 1]
+        c.fields[1]["old_logprobs"][0, at] = value
+    mask = {"action": "mask", "low": 0.8, "high": 1.3, "renormalize_rejected": True}
+    losses, grads, kwargs, _ = step(case, config(mask, nonfinite="drop", **terms))
+    for y, k in zip(without.labels, kwargs, strict=True):
+        y[~k.loss_mask] = -100
+    left = sum(int((y != -100).sum()) for y in without.labels)
+    want_losses, want_grads, _, _ = step(without, config({"high": None}, **terms))
+    factor = left / (left + dropped)
+    assert 0 < left < sum(int((y != -100).sum()) for y in case.labels) - dropped, "some are rejected"
+    assert_same(losses, [x * factor for x in want_losses])
+    assert_same(grads, [x * factor for x in want_grads])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xloss.head.backend import Adjoints, LossTwin, RawRows, RowState, TokenRows
 from xloss.head.options import HeadOptions
-from xloss.stats import StatSpec, TokenStats
+from xloss.stats import TokenStats
 from xloss_kernels.dlogits import dlogits
 from xloss_kernels.finalize import finalize
 from xloss_kernels.head_backward import head_dlogits
@@ -24,8 +24,6 @@ from xloss_kernels.policy_rows import PolicySpec, policy_rows
 from xloss_kernels.row_stats import row_stats
 from xloss_kernels.scale import cast_scale, scale_
 from xloss_kernels.transform import Transform
-
-_TWIN_STATS = StatSpec(entropy=True)  # what the loss kernel returns beside log-probs and lse
 
 
 def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowState:
@@ -62,9 +60,10 @@ def backward(state: RowState, adjoints: Adjoints, options: HeadOptions, operand:
 def loss_rows(
     rows: RawRows, options: HeadOptions, twin: LossTwin, operand: torch.dtype
 ) -> tuple[TokenStats, Tensor, Tensor] | None:
-    """The loss in registers between two reads; ``None`` where statistics are wanted that the kernel does not return."""
-    if (options.stats | _TWIN_STATS) != _TWIN_STATS or rows.labels.ndim != 1:
+    """The loss in registers between two reads; ``None`` for several labels a token, which the kernel does not take."""
+    if rows.labels.ndim != 1:
         return None
+    want = _wanted(options)
     out = _out(rows.logits, operand)
     vectors = {name: None if v is None else v.float().contiguous() for name, v in twin.vectors.items()}
     found = policy_rows(
@@ -74,10 +73,11 @@ def loss_rows(
         _transform(rows, options),
         **vectors,  # type: ignore[arg-type]
         out=out,
-        entropy=options.stats.entropy,
+        **want,
         ignore_index=options.ignore_index,
     )
-    stats = TokenStats(found.logprobs, found.lse, found.entropy if options.stats.entropy else None)
+    asked = {name: getattr(found, name) for name, wanted in want.items() if wanted}
+    stats = TokenStats(found.logprobs, found.lse, **asked)
     return stats, found.loss, out
 
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss import distributed
 from xloss.errors import MissingFieldError, OptionError, ShapeError
 from xloss.losses.model import BaseLossKwargs
+from xloss.metrics import Metric
 from xloss.packing import broadcast_segments, check_cu_seq_lens, rows_as_segments, segment_sum
 
 
@@ -50,13 +51,29 @@ def sequence_weights(
         return valid.to(torch.float32)
     if reduction not in ("sample", "square"):
         raise OptionError(f"loss_reduction must be token, sample or square; got {reduction!r}")
+    whole, bounds, counts = _token_counts(valid, cu_seq_lens, sp_mesh, f"loss_reduction={asked or repr(reduction)}")
+    flat = whole.reshape(-1).to(torch.float32)
+    per_token = broadcast_segments(counts.clamp(min=1), bounds, flat.numel())
+    weights = flat / (per_token if reduction == "sample" else per_token.sqrt())
+    weights = weights.reshape(whole.shape)
+    if sp_mesh is not None and sp_mesh.size() > 1:
+        return distributed.sp_split(weights, sp_mesh, 0.0)
+    return weights
+
+
+def _token_counts(
+    valid: Tensor, cu_seq_lens: Tensor | None, sp_mesh: DeviceMesh | None, asked: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``valid`` of all sequence-parallel ranks, the bounds of its sequences ``[N + 1]``, and how many tokens of each
+    are valid ``[N]``, float32.
+    """
     split = sp_mesh is not None and sp_mesh.size() > 1
     whole = distributed.sp_gather(valid.to(torch.int32), sp_mesh) if split and sp_mesh is not None else valid
     flat = whole.reshape(-1).to(torch.float32)
     if cu_seq_lens is None:
         if whole.ndim == 1 or whole.shape[0] == 1:
             raise MissingFieldError(
-                f"loss_reduction={asked or repr(reduction)} needs cu_seq_lens_list for a pack of "
+                f"{asked} needs cu_seq_lens_list for a pack of "
                 f"shape {tuple(whole.shape)}: the bounds of its sequences, [0, {flat.numel()}] if it is one"
             )
         bounds = rows_as_segments(whole.shape, flat.device)
@@ -68,12 +85,29 @@ def sequence_weights(
                 raise ShapeError(f"cu_seq_lens ends at {int(bounds[-1])}, past the {flat.numel()} tokens of all ranks")
             bounds = torch.cat([bounds, bounds.new_tensor([flat.numel()])])
     counts = segment_sum(flat, bounds)
-    per_token = broadcast_segments(counts.clamp(min=1), bounds, flat.numel())
-    weights = flat / (per_token if reduction == "sample" else per_token.sqrt())
-    weights = weights.reshape(whole.shape)
-    if split and sp_mesh is not None:
-        return distributed.sp_split(weights, sp_mesh, 0.0)
-    return weights
+    return whole, bounds, counts
+
+
+def sequence_counts(
+    kwargs_list: Sequence[BaseLossKwargs],
+    valid: Sequence[Tensor],
+    cu_seq_lens_list: Sequence[Tensor] | None,
+    sp_mesh: DeviceMesh | None,
+) -> list[dict[str, Metric]]:
+    """``num_sequences`` of each micro-batch: those with a valid token; a pack whose bounds nobody gave is one.
+
+    Of sequence-parallel ranks the first counts for all.
+    """
+    size = 1 if sp_mesh is None else sp_mesh.size()
+    counting = sp_mesh is None or sp_mesh.get_local_rank() == 0
+    found: list[dict[str, Metric]] = []
+    for i, (kwargs, mask) in enumerate(zip(kwargs_list, valid, strict=True)):
+        bounds = kwargs.cu_seq_lens if cu_seq_lens_list is None else cu_seq_lens_list[i]
+        if bounds is None and (mask.ndim == 1 or mask.shape[0] == 1):
+            bounds = torch.tensor([0, mask.numel() * size])
+        counts = _token_counts(mask, bounds, sp_mesh, "num_sequences")[2]
+        found.append({"num_sequences": Metric.total((counts > 0).to(counts.dtype) * counting)})
+    return found
 
 
 def check_whole_groups(kwargs_list: Sequence[BaseLossKwargs], ignore_idx: int) -> None:

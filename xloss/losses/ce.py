@@ -144,8 +144,11 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         z_weights: Sequence[Tensor | None] = [None] * len(kwargs_list)
         if by_class and loss_cfg.z_loss_coef:
             z_weights = weights([kwargs.token_weight for kwargs in kwargs_list])
-        for kwargs, weight, z_weight in zip(kwargs_list, loss_weights, z_weights, strict=True):
+        valid = [kwargs.shifted_labels != ignore_idx for kwargs in kwargs_list]
+        counts = calibration.sequence_counts(kwargs_list, valid, cu_seq_lens_list, sp_mesh)
+        for kwargs, weight, z_weight, count in zip(kwargs_list, loss_weights, z_weights, counts, strict=True):
             kwargs.loss_weight, kwargs.z_loss_weight = weight, z_weight
+            kwargs.keep_metrics(count)
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "loss_weight", "call build_batches on the contexts of this optimizer step first")

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from xloss.losses.base import BaseLossConfig, BaseLossContext, TokenLoss
+from xloss.losses.base import BaseLossContext, TokenLoss
+from xloss.losses.config import BaseLossConfig
 from xloss.losses.info import LossInfo
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs
 from xloss.stats import TokenStats

@@ -63,9 +63,9 @@ def settle_tokens(
     finite = finite_tokens(kwargs_list, ignore, cfg.nonfinite)
     labelled = [kwargs.shifted_labels != ignore for kwargs in kwargs_list]
     takes_part, counted = finite, labelled
-    metrics: list[dict[str, Any]] = [{} for _ in kwargs_list]
+    metrics = calibration.sequence_counts(kwargs_list, finite, cu_seq_lens_list, sp_mesh)
     if cfg.nonfinite == "drop":
-        metrics = [nonfinite_metrics(f, v) for f, v in zip(finite, labelled, strict=True)]
+        metrics = [m | nonfinite_metrics(f, v) for m, f, v in zip(metrics, finite, labelled, strict=True)]
     weights: list[Tensor | None] = [None for _ in kwargs_list]
     if correction is not None and not corrects_in_pass(kwargs_list, cfg):
         found = correct_batches(kwargs_list, finite, correction, cu_seq_lens_list, sp_mesh)

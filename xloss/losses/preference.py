@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss import distributed
 from xloss.errors import MissingFieldError, OptionError, ShapeError, UnsupportedError
 from xloss.losses import calibration
-from xloss.losses.base import BaseLossConfig, BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.config import BaseLossConfig
 from xloss.losses.preferences import AnyPreferenceTerm, PreferenceBatch, PreferenceTerm, Side
 from xloss.losses.preferences.base import SHARED
 from xloss.losses.preferences.kwargs import PreferenceLossContextInputItem, PreferenceLossKwargs
@@ -140,6 +141,9 @@ class PreferenceLossContext(BaseLossContext[PreferenceLossContextInputItem]):
     def check_ready(self) -> None:
         require(self.loss_kwargs, "loss_divisor", "call build_batches on the contexts of this optimizer step first")
         _check_fields(self.loss_kwargs, self.loss_cfg)
+
+    def why_coupled(self) -> str:
+        return "a preference is between whole sequences"
 
     def stats_needed(self) -> StatSpec:
         return StatSpec(sum_p2=self.loss_cfg.use_weighting)

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from xloss.losses.base import BaseLossConfig
+from xloss.losses.config import BaseLossConfig
 from xloss.losses.reduction import Reduction, ReductionOptions
 
 

@@ -70,7 +70,7 @@ def kl_penalty(
     limit_in, limit_out = kl_limits(kl_type, clamp_in, clamp_out)
     x = logprobs - ref_logprobs
     limited = _limited(x, limit_in, clamp_straight_through)
-    estimate = _estimate(limited, KL_ESTIMATOR[kl_type])
+    estimate = kl_estimate(limited, KL_ESTIMATOR[kl_type])
     value = _limited(estimate, limit_out, clamp_straight_through)
     if grad == "plain":
         return value
@@ -89,7 +89,8 @@ def kl_penalty(
     return torch.where((limited != x) | (value != weighted), value.detach(), value)
 
 
-def _estimate(x: Tensor, estimator: KLEstimator) -> Tensor:
+def kl_estimate(x: Tensor, estimator: KLEstimator) -> Tensor:
+    """The estimator on ``x``, log-prob of the policy that sampled minus that of the other, unclamped."""
     if estimator == "k1":
         return x
     if estimator == "abs":

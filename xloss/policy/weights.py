@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xloss.packing import Segments
+from xloss.policy.kl import kl_estimate
 from xloss.policy.ratio import clamped_ratio
 
 Level = Literal["token", "sequence", "geometric"]
@@ -50,10 +51,7 @@ def divergence(log_ratio: Tensor, estimator: Estimator) -> Tensor:
 
     ``k1``: ``-x``; ``k2``: ``x^2 / 2``; ``k3``: ``exp(x) - x - 1``.
     """
-    x = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    if estimator == "k1":
-        return -x
-    return 0.5 * x.square() if estimator == "k2" else torch.expm1(x) - x
+    return kl_estimate(-log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), estimator)
 
 
 def rejection_statistic(

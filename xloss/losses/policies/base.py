@@ -109,7 +109,7 @@ def find_policy_loss(name: str) -> type[PolicyLossConfig]:
     if not module:
         raise ValueError(
             unknown_name("loss_type", name, list(_BY_TYPE))
-            + "; a loss of your own needs register_policy_loss or its dotted import path"
+            + " A loss of your own needs register_policy_loss, or its dotted import path as loss_type."
         )
     try:
         found = getattr(importlib.import_module(module), attribute)

@@ -14,6 +14,7 @@ from xloss.losses.policies.ratio import RatioPolicyConfig
 from xloss.metrics import Metric
 from xloss.policy import trust_region
 from xloss.policy.batch import PolicyBatch
+from xloss.policy.weights import divergence
 
 
 class _MaskedConfig(RatioPolicyConfig):
@@ -45,13 +46,17 @@ class _MaskedConfig(RatioPolicyConfig):
         return self.kl_tau == 0
 
     def metrics(self, batch: PolicyBatch) -> dict[str, Metric]:
-        dropped, grown = ~self.keep(batch), batch.log_ratio.detach() > 0
-        found = {
-            "masked_frac": dropped,
-            "masked_frac_low": dropped & ~grown,
-            "masked_frac_high": dropped & grown,
+        log_ratio = batch.log_ratio.detach()
+        kept, grown, k3 = self.keep(batch), log_ratio > 0, divergence(log_ratio, "k3")
+        shares = {
+            "masked_frac": ~kept,
+            "masked_frac_low": ~kept & ~grown,
+            "masked_frac_high": ~kept & grown,
         }
-        return super().metrics(batch) | {name: share(batch, mask) for name, mask in found.items()}
+        found = super().metrics(batch) | {name: share(batch, mask) for name, mask in shares.items()}
+        for name, mask in (("masked_kl_k3", ~kept), ("kept_kl_k3", kept)):
+            found[name] = Metric.mean(k3, mask if batch.sequences is None else mask & batch.sequences.valid)
+        return found
 
 
 @register_policy_loss
