@@ -15,6 +15,7 @@ from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext
 from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem
 from xloss.losses.info import LossInfo
 from xloss.losses.logprob import LogProbConfig, LogProbContext, LogProbKwargs
+from xloss.losses.metric_names import rename_metrics
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.mtp import MTPLossConfig, MTPLossContext, MTPLossContextInputItem, MTPLossKwargs
 from xloss.losses.oreal import OrealLossConfig, OrealLossContext, OrealLossKwargs
@@ -89,6 +90,7 @@ __all__ = [
     "optimal_value",
     "register_policy_loss",
     "register_preference_loss",
+    "rename_metrics",
     "roll_labels",
     "shift_labels",
 ]

@@ -36,7 +36,9 @@ def all_reduce_max(value: int, device: torch.device) -> int:
 
 def default_device(group: dist.ProcessGroup | None = None) -> torch.device:
     """Where tensors stand that the ranks of ``group`` exchange."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    )
 
 
 def all_gather(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -164,31 +164,3 @@ def test_different(entry: Entry, run: str) -> None:
 def test_different_they_are(entry: Entry) -> None:
     precision, found, _ = run_step(step_of(entry), "eager-f64")
     assert records.mismatches(entry, found, precision) != []
-
-
-def wanted_metrics(entry: Entry) -> dict[str, float]:
-    """What TRL logged, under our names. Its means at sequence level count sequences without a token."""
-    cfg, logged = entry["config"], entry["metrics"]
-    leveled = entry["loss_name"] == "trl_rloo" or cfg.get("importance_sampling_level", "token") != "token"
-    names = {"clip_ratio/low_mean": "clip_frac_low", "clip_ratio/high_mean": "clip_frac_high", "kl": "ref_kl"}
-    names |= {"cispo_clip_ratio": "clip_frac_high", "entropy": "entropy"}
-    lengths = records.tensors(entry["inputs"])["mask"].sum(1)
-    out = {}
-    for theirs, ours in names.items():
-        if theirs not in logged:
-            continue
-        by_sequence = leveled and ours.startswith("clip")
-        share = len(lengths) / int((lengths > 0).sum()) if by_sequence else 1.0
-        out[f"seq_{ours}" if by_sequence else ours] = float(logged[theirs][0]) * share
-    return out
-
-
-@pytest.mark.parametrize("entry", [e for e in CASES if "luspo" not in e["id"]], ids=case_id)
-def test_metrics(entry: Entry) -> None:
-    """Clip fractions at the level used, KL and entropy. Recorded with ten digits."""
-    step = step_of(entry)
-    step.config["return_entropy"] = True
-    _, _, (found,) = run_step(step, "chunk-f64")
-    want = wanted_metrics(entry)
-    assert {"entropy"} <= want.keys()
-    assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-7, abs=1e-9)

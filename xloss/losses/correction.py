@@ -188,3 +188,20 @@ def correction_metrics(c: Corrected, cfg: RolloutCorrection) -> dict[str, Metric
             "rollout_is_clip_frac": share_of(low | high),
         }
     return metrics
+
+
+def mismatch_metrics(
+    kwargs_list: Sequence[Any],
+    valid_list: Sequence[Tensor],
+    cu_seq_lens_list: Sequence[Tensor] | None,
+    sp_mesh: DeviceMesh | None,
+) -> list[dict[str, Metric]]:
+    """How far sampler and trainer are apart in each micro-batch, where nothing corrects it: the ``mismatch_`` figures
+    of ``correction_metrics``.
+    """
+    off = RolloutCorrection()
+    found = correct_batches(kwargs_list, valid_list, off, cu_seq_lens_list, sp_mesh)
+    return [
+        {name: metric for name, metric in correction_metrics(c, off).items() if name.startswith("mismatch_")}
+        for c in found
+    ]

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.errors import MissingFieldError, OptionError
 from xloss.losses import calibration
-from xloss.losses.correction import correct_batches, correction_metrics
+from xloss.losses.correction import correct_batches, correction_metrics, mismatch_metrics
 from xloss.losses.nonfinite import finite_tokens, nonfinite_metrics
 from xloss.losses.reduction import reduction_weights
 
@@ -74,6 +74,9 @@ def settle_tokens(
         if correction.renormalize_rejected:
             takes_part = [c.kept for c in found]
             counted = [v & (c.kept | ~f) for v, c, f in zip(labelled, found, finite, strict=True)]
+    if correction is None and all(k.old_logprobs is not None and k.rollout_logprobs is not None for k in kwargs_list):
+        figures_of = mismatch_metrics(kwargs_list, finite, cu_seq_lens_list, sp_mesh)
+        metrics = [m | figures for m, figures in zip(metrics, figures_of, strict=True)]
     narrows = cfg.nonfinite == "drop" or (correction is not None and correction.renormalize_rejected)
     out = []
     for kwargs, mask, weight, count, figures in zip(kwargs_list, takes_part, weights, counted, metrics, strict=True):
