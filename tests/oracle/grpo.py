@@ -198,10 +198,12 @@ def metrics(lps: Sequence[Tensor], batches: Sequence[Batch], low: float, high: f
         "clip_frac_low": below & (advantages < 0),
         "clip_frac_high": above & (advantages > 0),
         "approx_kl_k1": -d,
+        "approx_kl_k2": safe**2 / 2,
         "approx_kl_k3": r - 1 - safe,
     }
     out = {name: float(x.double().sum()) / n for name, x in sums.items()}
     out["ratio_min"] = float(r.min()) if d.numel() else 0.0
     out["ratio_max"] = float(r.max()) if d.numel() else 0.0
+    out["ratio_ess"] = float(r.sum() ** 2 / (n * (r**2).sum())) if d.numel() else 0.0
     out["num_tokens"] = float(d.numel())
     return out
