@@ -45,6 +45,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, ids: Tensor, bounds: Tensor) -> Tensor:
         ctx.save_for_backward(ids, bounds)
+        if not values.numel():
+            return values.new_zeros(bounds.numel() - 1)
         return torch.segment_reduce(values, "sum", offsets=bounds, unsafe=True)  # unsafe: no wait to check bounds
 
     @staticmethod

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xloss import Metric, finalize_metrics, merge_metrics, rename_metrics
+from xloss import GRPOLossConfig, Metric, RLLossContextInputItem, finalize_metrics, merge_metrics, rename_metrics
 from xloss.errors import OptionError
 from xloss.losses.metric_names import PEERS, Framework
 
@@ -59,6 +59,51 @@ def test_parts_are_the_whole(counts: list[int], seed: int) -> None:
             torch.testing.assert_close(found[name], value, msg=name)
     if values.numel():
         torch.testing.assert_close(whole["ess"], values.sum() ** 2 / (values.numel() * values.square().sum()))
+
+
+@pytest.mark.parametrize("policy", ["ppo", "gspo"])
+@pytest.mark.parametrize("run", [{"mode": "eager"}, {"mode": "chunk", "chunk_size": 3}, {"plan": "two_pass"}], ids=str)
+def test_token_accuracy_of_a_policy(policy: str, run: dict[str, Any]) -> None:
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(2, 6, 4, generator=g), torch.randn(5, 4, generator=g)
+    best = (hidden @ weight.T).argmax(-1)
+    labels = torch.where(torch.rand(2, 6, generator=g) < 0.5, best, (best + 1) % 5)
+    labels[0, :2] = -100
+    item = RLLossContextInputItem(shifted_labels=labels, advantages=torch.ones(2, 6))
+    for wanted in (True, False):
+        cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": policy}, return_token_accuracy=wanted, **run)
+        (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)
+        _, info = cfg.loss_ctx_cls(cfg, kwargs).forward(hidden.requires_grad_(), weight)
+        assert ("token_accuracy" in info.metrics) == wanted
+        if wanted:
+            share = (labels == best)[labels != -100].float().mean()
+            torch.testing.assert_close(info.metrics["token_accuracy"].result(), share)
+            assert 0 < share < 1
+
+
+def test_mismatch_without_a_correction() -> None:
+    """The figures are those that a correction reports; without both log-probs there are none."""
+    g = torch.Generator().manual_seed(2)
+    fields = {n: torch.randn(2, 5, generator=g) for n in ("advantages", "old_logprobs", "rollout_logprobs")}
+    item = RLLossContextInputItem(shifted_labels=torch.tensor([[1, 2, 3, -100, 4], [0, -100, 1, 2, 3]]), **fields)
+
+    def built(given: RLLossContextInputItem, **options: Any) -> dict[str, float]:
+        cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": "ppo"}, **options)
+        (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([given], cfg)
+        return floats(finalize_metrics([kwargs.built_metrics]))
+
+    bare, corrected = built(item), built(item, rollout_correction={"level": "token", "high": 2.0})
+    names = {
+        "mismatch_k1",
+        "mismatch_k3",
+        "mismatch_abs",
+        "mismatch_chi2",
+        "mismatch_ppl_ratio",
+        "mismatch_log_ppl_diff",
+    }
+    assert bare.keys() == names | {"num_sequences"}
+    assert bare == {name: corrected[name] for name in bare}
+    assert built(item.model_copy(update={"rollout_logprobs": None})).keys() == {"num_sequences"}
 
 
 def results(*names: str) -> dict[str, Tensor]:
