@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from xloss import CELossConfig, CELossContextInputItem, GRPOLossConfig, LogProbConfig, RLLossContextInputItem
+from xloss import (
+    CELossConfig,
+    CELossContextInputItem,
+    DistillLossConfig,
+    DistillLossContextInputItem,
+    GRPOLossConfig,
+    LogProbConfig,
+    RLLossContextInputItem,
+)
 from xloss.cli.memory import start_peak
 
 PPO = {"loss_type": "vanilla", "cliprange_low": 0.2, "cliprange_high": 0.2}
@@ -25,23 +33,28 @@ def measure(tokens: int, hidden: int, vocab: int, dtype: str, loss: str, live: i
     labels[0, live:] = -100
     advantages = torch.ones(1, tokens)
     advantages[0, : tokens // 4] = 0
+    kind = getattr(torch, dtype)
+    leaves = [torch.randn(*size, generator=g).to(kind) for size in ((1, tokens, hidden), (vocab, hidden))]
     config: Any
+    given: dict[str, Any] = {}
     if loss == "ce":
         config, item = CELossConfig(**run), CELossContextInputItem(shifted_labels=labels)
     elif loss == "logprob":
         config, item = LogProbConfig(**run), CELossContextInputItem(shifted_labels=labels)
+    elif loss == "distill":
+        config, given = DistillLossConfig(**run), {"teacher_head_weight": torch.randn(vocab, 32, generator=g)}
+        teacher_hidden = torch.randn(1, tokens, 32, generator=g)
+        item = DistillLossContextInputItem(shifted_labels=labels, teacher_hidden_states=teacher_hidden)
     else:
         config = GRPOLossConfig(policy_loss_cfg=PPO, **run)
         item = RLLossContextInputItem(shifted_labels=labels, advantages=advantages)
     (kwargs,) = config.loss_ctx_cls.build_batches_loss_kwargs([item], config)
     context = config.loss_ctx_cls(config, kwargs)
-    kind = getattr(torch, dtype)
-    leaves = [torch.randn(*size, generator=g).to(kind) for size in ((1, tokens, hidden), (vocab, hidden))]
     trained = loss != "logprob"
     inputs = [x.requires_grad_(trained) for x in leaves]
-    plan = context.explain(*inputs)
+    plan = context.explain(*inputs, **given)
     peak = start_peak("cpu")
-    value, _ = context.forward(*inputs)
+    value, _ = context.forward(*inputs, **given)
     if trained:
         (1.7 * value).backward()
     return {"measured": peak(), "promised": plan.peak_bytes, "plan": str(plan)}

@@ -33,6 +33,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "two-pass, some kept": {"loss": "grpo", "live": 384, "plan": "two_pass", "chunk_size": 64, "entropy_coef": 0.1},
     "two-pass, all kept": {"loss": "ce", "live": 384, "plan": "two_pass", "logits_budget": 64 * MIB},
     "two-pass, kept, ignored": {"loss": "ce", "live": 300, "plan": "two_pass", "logits_budget": 64 * MIB},
+    "distillation": {"loss": "distill", "live": 300, "divergence": "jsd"},
+    "distillation, two-pass": {"loss": "distill", "live": 384, "divergence": "jsd", "plan": "two_pass"},
     "forward-only": {"loss": "logprob", "live": 384},
     "forward-only, entropy": {"loss": "logprob", "live": 300, "return_entropy": True},
 }

@@ -16,7 +16,7 @@ WIDEN_ROWS = 8192
 """Vocabulary rows of a low-precision product that are float32 at once beside its operands: 32 MiB at H = 1024."""
 DIVERGENCE_SHARE = 4
 """A divergence makes several temporaries, so it runs over this part of a block."""
-_DIVERGENCE_TENSORS = 8  # at most, each of that size (measured over all divergences)
+_DIVERGENCE_TENSORS = 7  # at most, each of that size (counted over all divergences)
 
 
 def block_rows(row_bytes: int, device_type: str) -> int:

@@ -91,9 +91,10 @@ class Plan:
             f"  memory {readable(self.logits_bytes)} of {held}, {readable(self.grad_bytes)} of gradients",
         ]
         if self.kind not in ("eager", "chunked-autograd"):
-            beside = f"{readable(self.scratch_bytes)} of scratch, {readable(self.copy_bytes)} of copies at the end"
-            lines[-1] += f", {beside}"
-            lines.append(f"  peak   {readable(self.peak_bytes)} above the inputs")
+            scratch, copies = readable(self.scratch_bytes), readable(self.copy_bytes)
+            lines.append(
+                f"  peak   {readable(self.peak_bytes)}, with {scratch} of scratch, {copies} of copies at the end"
+            )
         return "\n".join(lines + [f"  why    {reason}" for reason in self.reasons])
 
 
