@@ -19,6 +19,7 @@ from xloss.head.options import HeadOptions, LiveRows
 from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
 from xloss.losses import run
+from xloss.losses.facts import LossForm
 from xloss.losses.info import LossInfo
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, StrictModel
 from xloss.metrics import Metric
@@ -51,6 +52,9 @@ class BaseLossConfig(StrictModel):
 
     model_config = ConfigDict(frozen=True)
 
+    forms: ClassVar[tuple[LossForm, ...]] = ()
+    """The losses that this class computes, for the catalog."""
+
     ignore_idx: int = -100
     mode: Mode = "auto"
     chunk_size: int | None = Field(default=None, gt=0)
@@ -66,6 +70,10 @@ class BaseLossConfig(StrictModel):
     allow_retain_graph: bool = False
     check_labels: bool = True
     grad_reduce: Literal["mean", "sum"] = "mean"
+
+    def form(self) -> str:
+        """Name of the one of ``forms`` that this config computes."""
+        return self.forms[0].name if self.forms else type(self).__name__
 
     @property
     def loss_ctx_cls(self) -> type[BaseLossContext[Any]]:
