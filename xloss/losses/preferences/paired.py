@@ -52,7 +52,7 @@ class RobustTerm(SmoothedTerm):
 
 @register_preference_loss
 class HingeTerm(PreferenceTerm):
-    """SLiC and RSO."""
+    """Hinge loss on the margin (SLiC, RSO)."""
 
     loss_type: Literal["hinge"] = "hinge"
     formula: ClassVar[str] = "max(0, 1 - beta delta)"
@@ -77,7 +77,7 @@ class IPOTerm(PreferenceTerm):
 
 @register_preference_loss
 class EXOPairTerm(SmoothedTerm):
-    """EXO; ``label_smoothing`` above 0, by default the paper's 0.001."""
+    """EXO: reverse KL to smoothed labels; ``label_smoothing`` above 0, by default the paper's 0.001."""
 
     loss_type: Literal["exo_pair"] = "exo_pair"
     formula: ClassVar[str] = (
@@ -93,7 +93,7 @@ class EXOPairTerm(SmoothedTerm):
 
 @register_preference_loss
 class NCAPairTerm(PreferenceTerm):
-    """NCA."""
+    """NCA: also keeps the chosen sequence likely in itself."""
 
     loss_type: Literal["nca_pair"] = "nca_pair"
     formula: ClassVar[str] = "-log sigma(beta u_w) - log sigma(-beta u_w) / 2 - log sigma(-beta u_l) / 2"
@@ -119,7 +119,7 @@ class BCOPairTerm(PreferenceTerm):
 
 @register_preference_loss
 class SPPOHardTerm(PreferenceTerm):
-    """SPPO with hard labels."""
+    """SPPO with hard labels: both scores are regressed, the chosen one up, the other down."""
 
     loss_type: Literal["sppo_hard"] = "sppo_hard"
     formula: ClassVar[str] = "(u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2"
@@ -186,7 +186,7 @@ class APODownTerm(PreferenceTerm):
 
 @register_preference_loss
 class DiscoPOPTerm(PreferenceTerm):
-    """DiscoPOP.
+    """DiscoPOP: a logistic and an exponential loss, blended by the margin.
 
     Args:
         tau: temperature of the blend.

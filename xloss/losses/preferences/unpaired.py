@@ -37,7 +37,7 @@ class UnpairedTerm(PreferenceTerm):
 
 @register_preference_loss
 class KTOTerm(UnpairedTerm):
-    """KTO; needs ``kl``."""
+    """KTO: each sequence against a reference point; needs ``kl``."""
 
     loss_type: Literal["kto"] = "kto"
     formula: ClassVar[str] = (
