@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +52,7 @@ SYMBOLS: dict[Family, str] = {
     "your own": "",
 }
 Config = TypeVar("Config", bound=BaseLossConfig)
-_HEADLESS = "beside the policy loss, on a critic's values: no plan of its own"
+_HEADLESS = "no head: a critic's values, beside the policy loss"
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ def catalog() -> dict[str, LossEntry]:
     found += [_of_policy(cls) for cls in policy_losses().values()]
     found += [_of_term(cls) for cls in preference_losses().values()]
     found += [_of_value(form) for form in ValueLossConfig.forms]
-    order = list(SYMBOLS)
-    return {entry.name: entry for entry in sorted(found, key=lambda entry: order.index(entry.family))}
+    families = list(SYMBOLS)
+    return {entry.name: entry for entry in sorted(found, key=lambda e: (families.index(e.family), e.name))}
 
 
 def entry_at(path: str) -> LossEntry:
@@ -232,7 +231,7 @@ def plan_of(config: BaseLossConfig | None) -> str:
 def first_line(cls: type) -> str:
     """First sentence of a docstring."""
     text = " ".join((cls.__doc__ or "").split("\n\n")[0].split()).replace("``", "")
-    return re.split(r"(?<=\.) (?=[A-Z])", text)[0]
+    return text.partition(". ")[0].removesuffix(".") + "." if text else ""
 
 
 def _parameters(cls: type[BaseModel], beyond: type[BaseModel] | None = None) -> Iterator[Parameter]:

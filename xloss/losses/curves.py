@@ -83,7 +83,7 @@ def _ratios(policy: PolicyLossConfig) -> tuple[Tensor, tuple[float, ...]]:
     span = max(1 - low, high - 1)
     if 0 < span < 0.05:  # a sequence's ratio
         return _grid(1 - 4 * span, 1 + 4 * span, [1 + k * span for k in (-4, -2, -1, 0, 1, 2, 4)])
-    end = 4.0 if high <= 4 else 1.25 * high
+    end = 4.0 if high < 4 else 1.25 * high
     return _grid(0.02, end, [r for r in (0.25, 0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if r <= end])
 
 
@@ -159,8 +159,10 @@ def supervised_curve(config: CELossConfig) -> Curve:
     return Curve("probability of the label", "d loss / d logit of the label", p, *lines, shown, setting)
 
 
-def distillation_curve(config: DistillLossConfig) -> Curve:
-    """Against the student's probability of one of two tokens."""
+def distillation_curve(config: DistillLossConfig) -> Curve | str:
+    """Against the student's probability of one of two tokens; or why there is no curve."""
+    if config.divergence == "cosine":
+        return "the angle between logits is no function of one probability"
     p, shown = _grid(0.005, 0.995, [0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
     logit = torch.logit(p).requires_grad_()
     teacher = torch.tensor([math.log(_TEACHER), math.log(1 - _TEACHER)], dtype=p.dtype).expand(p.numel(), 2)

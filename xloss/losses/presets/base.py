@@ -114,7 +114,7 @@ def presets() -> dict[str, Preset]:
 def find_preset(name: str) -> Preset:
     """The preset of that name. Raises ``OptionError`` with the nearest one where there is none."""
     if name not in _PRESETS:
-        raise OptionError(unknown_name("preset", name, list(_PRESETS)))
+        raise OptionError(unknown_name("preset", name, list(_PRESETS), "presets()"))
     return _PRESETS[name]
 
 
