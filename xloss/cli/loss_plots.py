@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 from xloss.cli.errors import CannotRun
 from xloss.cli.plots import BLUE, GREY, ORANGE, QUIET, STYLE
@@ -35,7 +36,7 @@ def draw(folder: Path, name: str, formula: str, curve: Curve) -> Path:
         panels[0].set_title(formula, fontsize=9, fontweight="normal", wrap=True)
         panels[0].set(ylabel="loss")
         panels[1].set(xlabel=curve.x_label, ylabel=curve.grad_label)
-        figure.supxlabel(curve.setting, x=0.01, ha="left", fontsize=8, color=QUIET)
+        figure.supxlabel(fill(curve.setting, 100), x=0.01, ha="left", fontsize=8, color=QUIET)
         path = folder / f"{name.replace('/', '-')}.png"
         figure.savefig(path)
     return path

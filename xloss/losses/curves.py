@@ -100,7 +100,8 @@ def preference_curve(
         return _unpaired_curve(term)
     bare = not term.reads_reference
     middle = -3.0 if bare else 0.0
-    reach = 5.0 if bare and term.average_log_prob else 5 / term.scale
+    small = f_divergence != "reverse_kl" or (bare and term.average_log_prob)
+    reach = 5.0 if small else 5 / term.scale
     x, shown = _grid(-reach, reach, [reach * k / 5 for k in (-5, -3, -1, 0, 1, 3, 5)])
     # one pair at a time: AOT sorts a batch
     chosen, rejected = ((middle + side * x / 2).requires_grad_() for side in (1, -1))

@@ -1,7 +1,7 @@
 """TRL's trainers: GRPO, RLOO, PPO, SFT, DPO, KTO, CPO, ORPO, GKD.
 
 No log-ratio is clamped, means over sequences count those without a token, and the KL term is a plain k3 without clamps
-(``beta`` is ``kl_loss_coef``, 0 by default, so off here).
+(``beta`` is ``kl_loss_coef``, 0 by default, so off here). The entropy bonus is a mean over tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from xloss.losses.ce import CELossConfig
 from xloss.losses.presets.base import Preset, of_policy, of_preference
 from xloss.losses.presets.distillation import distillation
 
-_KL: dict[str, Any] = {"kl_loss_type": "k3", "kl_clamp_in": None, "kl_clamp_out": None}
+_TERMS: dict[str, Any] = {
+    "kl_loss_type": "k3",
+    "kl_clamp_in": None,
+    "kl_clamp_out": None,
+    "entropy_reduction": "token",
+}
 _SEQUENCES: dict[str, Any] = {"loss_reduction": "sample", "count_empty_sequences": True}
 _PAIRS: dict[str, Any] = {"layout": "halves", "count_empty_sequences": True}
 
@@ -26,7 +31,7 @@ def _grpo(
     **fields: Any,
 ) -> Preset:
     inner = {"loss_type": "ppo", "log_ratio_clamp": None} | (loss or {})
-    return of_policy(f"trl/{name}", inner, summary, f"GRPOConfig({options})", required, **_KL, **fields)
+    return of_policy(f"trl/{name}", inner, summary, f"GRPOConfig({options})", required, **_TERMS, **fields)
 
 
 def _dpo(loss_type: str, summary: str, name: str | None = None, required: dict[str, Any] | None = None) -> Preset:
@@ -84,7 +89,7 @@ PRESETS = [
         {"loss_type": "vespo", "k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
         "a smooth weight of the sequence's ratio",
         "GRPOConfig(loss_type='vespo', vespo_k_pos=2, vespo_lambda_pos=3, vespo_k_neg=3, vespo_lambda_neg=2)",
-        **_KL,
+        **_TERMS,
     ),
     _grpo(
         "gspo",
@@ -105,7 +110,7 @@ PRESETS = [
         "gmpo",
         "geometric mean of clipped token ratios",
         "experimental GMPO, epsilon=0.4 in log space",
-        **_KL,
+        **_TERMS,
         **_SEQUENCES,
     ),
     of_policy(
