@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from tests import budgets
-from xloss import BaseLossConfig, BaseLossContextInputItem, LossInfo
+from xloss import BaseLossConfig, BaseLossContextInputItem, LossInfo, MTPLossConfig, finalize_metrics
 
 VOCAB, HIDDEN, OTHER_HIDDEN, K = 11, 4, 5, 3
 LENGTHS = (4, 1, 5, 3, 3, 2, 4, 3, 2, 1)
 IGNORED = (5, 8, 9)
 TOKENS = sum(LENGTHS)
-BY_TOKEN = {"hidden", "values", "upstream"}  # given beside the batch
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,11 @@ class Result:
     grads: dict[str, Tensor]
     losses: list[Tensor]
     infos: list[LossInfo]
-    contexts: list[Any] = field(default_factory=list)
+    contexts: list[Any]
+    metrics: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = finalize_metrics([info.metrics for info in self.infos])
 
 
 class World:
@@ -133,8 +136,18 @@ class World:
         """Places in the world of the tokens of each sequence of a micro-batch."""
         return [torch.arange(self.bounds[i], self.bounds[i + 1]) for i in batch]
 
-    def lay_out(self, name: str, batch: Sequence[int], packed: bool, dtype: torch.dtype, poison: float | None) -> Tensor:
-        """A per-token tensor in the shape of a micro-batch."""
+    def live_hidden(self, cfg: BaseLossConfig) -> Tensor:
+        """Tokens whose hidden state (and temperature) the loss reads: for MTP, some tokens before the label's own."""
+        depth = cfg.mtp_depth if isinstance(cfg, MTPLossConfig) else 0
+        out = torch.zeros_like(self.live)
+        for row in self.rows(range(len(LENGTHS))):
+            out[row[: max(len(row) - depth, 0)]] = self.live[row[depth:]]
+        return out
+
+    def lay_out(
+        self, name: str, batch: Sequence[int], packed: bool, dtype: torch.dtype, poison: float | None, live: Tensor
+    ) -> Tensor:
+        """A per-token tensor in the shape of a micro-batch, poisoned where it is not `live`."""
         x = self.by_token[name].clone()
         fill: float = -100
         if x.dtype.is_floating_point:
@@ -144,7 +157,7 @@ class World:
         elif name in ("target_tokens", "teacher_topk_ids"):
             fill = VOCAB + 9
         if poison is not None and name not in ("shifted_labels", "upstream"):
-            x[~self.live] = fill if not x.dtype.is_floating_point else poison
+            x[~live] = fill if not x.dtype.is_floating_point else poison
         rows = [x[r] for r in self.rows(batch)]
         if packed:
             return torch.cat(rows).unsqueeze(0)
@@ -159,12 +172,15 @@ class World:
                 out[places] = grad[0, start : start + len(places)] if layout.packed else grad[row, : len(places)]
         return out
 
-    def item(self, case: Case, batch: Sequence[int], packed: bool, dtype: torch.dtype, poison: float | None) -> Any:
+    def item(
+        self, case: Case, batch: Sequence[int], packed: bool, dtype: torch.dtype, poison: float | None, live: Tensor
+    ) -> Any:
         """The input item of a micro-batch, with the fields that the case gives."""
         given: dict[str, Any] = {}
         for name in ("shifted_labels", *case.fields):
             if name in self.by_token:
-                given[name] = self.lay_out(name, batch, packed, dtype, poison)
+                mask = live if name == "temperature" else self.live
+                given[name] = self.lay_out(name, batch, packed, dtype, poison, mask)
             elif name in self.by_sequence:
                 given[name] = self.by_sequence[name][list(batch)]
             else:
@@ -181,7 +197,8 @@ class World:
     ) -> list[Any]:
         """Calibrated contexts of all micro-batches."""
         cfg = case.make(**run)
-        items = [self.item(case, b, layout.packed, dtype, poison) for b in layout.batches]
+        live = self.live_hidden(cfg)
+        items = [self.item(case, b, layout.packed, dtype, poison, live) for b in layout.batches]
         cu = [torch.tensor([0, *(LENGTHS[i] for i in b)]).cumsum(0) for b in layout.batches] if layout.packed else None
         return [cfg.loss_ctx_cls(cfg, k) for k in cfg.loss_ctx_cls.build_batches_loss_kwargs(items, cfg, cu)]
 
@@ -197,13 +214,13 @@ class World:
         head = {n: x.to(dtype).requires_grad_() for n, x in self.head.items() if bias or n == "weight"}
         other = {f"{kind}_head_{n}": x.to(dtype) for n, x in self.other_head.items() for kind in ("ref", "teacher")}
         leaves: dict[str, list[Tensor]] = {n: [x] for n, x in head.items()}
-        positional, keywords = [], []
+        positional, keywords, live = [], [], self.live_hidden(case.make())
         for batch in layout.batches:
-            hidden = self.lay_out("hidden", batch, layout.packed, dtype, poison).requires_grad_()
+            hidden = self.lay_out("hidden", batch, layout.packed, dtype, poison, live).requires_grad_()
             leaves.setdefault("hidden", []).append(hidden)
             given = {n: other[n] for n in case.forward if n in other}
             if "values" in case.forward:
-                given["values"] = self.lay_out("values", batch, layout.packed, dtype, poison).requires_grad_()
+                given["values"] = self.lay_out("values", batch, layout.packed, dtype, poison, self.live).requires_grad_()
                 leaves.setdefault("values", []).append(given["values"])
             positional.append([hidden, *head.values()])
             keywords.append(given)
@@ -225,7 +242,8 @@ class World:
         for ctx, args, more, batch in zip(contexts, positional, keywords, layout.batches, strict=True):
             loss, info = ctx.forward(*args, **more)
             if loss.ndim:  # log-probs, not a loss
-                loss = (loss * self.lay_out("upstream", batch, layout.packed, loss.dtype, 0.0)).sum()
+                upstream = self.lay_out("upstream", batch, layout.packed, loss.dtype, None, self.live).nan_to_num(0.0)
+                loss = (loss * upstream).sum()
             losses.append(loss)
             infos.append(info)
         total = torch.stack(losses).sum()
@@ -240,7 +258,9 @@ class World:
 
 def assert_same(got: Result, want: Result, relative: float | None = None) -> None:
     """Up to float64 rounding of numbers of unit size, or to a relative error."""
+    assert got.metrics.keys() == want.metrics.keys()
     pairs = {"loss": (got.loss, want.loss)} | {f"d {n}": (got.grads[n], want.grads[n]) for n in want.grads}
+    pairs |= {f"metric {n}": (got.metrics[n], want.metrics[n]) for n in want.metrics}
     for name, (ours, theirs) in pairs.items():
         if relative is None:
             budgets.assert_rounding(name, ours, theirs, 10.0, 1.0)
@@ -254,3 +274,5 @@ def assert_equal(got: Result, want: Result) -> None:
     assert torch.equal(got.loss, want.loss), f"loss {got.loss} != {want.loss}"
     for name in want.grads:
         assert torch.equal(got.grads[name], want.grads[name]), f"d {name}"
+    for name in want.metrics:
+        assert torch.equal(got.metrics[name], want.metrics[name]), name
