@@ -72,13 +72,15 @@ def valid(make: Callable[..., Any], fields: Fields) -> bool:
     return True
 
 
-def moved(model: type[BaseModel], base: Fields, make: Callable[..., Any], names: tuple[str, ...]) -> Iterator[Fields]:
-    """`base` with one of the fields `names` moved off its default, in every way that validates."""
+def moved(
+    model: type[BaseModel], base: Fields, make: Callable[..., Any], names: tuple[str, ...], numbers: int = 1
+) -> Iterator[Fields]:
+    """`base` with one of the fields `names` moved off its default, by every choice and some numbers that validate."""
     for name in names:
-        for value in candidates(model.model_fields[name]):
-            fields = base | {name: value}
-            if valid(make, fields):
-                yield fields
+        found = [base | {name: value} for value in candidates(model.model_fields[name])]
+        found = [fields for fields in found if valid(make, fields)]
+        chosen = [f for f in found if type(f[name]) is not float]
+        yield from chosen + [f for f in found if type(f[name]) is float][:numbers]
 
 
 def own_fields(model: type[BaseModel], *others: type[BaseModel]) -> tuple[str, ...]:
@@ -95,6 +97,8 @@ def name_of(fields: Fields) -> str:
 
 TOGETHER: dict[str, list[Fields]] = {
     "clip_cov": [{"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1}, {"clip_cov_ratio": 0.3, "clip_cov_lb": 0.1}],
+    "cispo": [{"clip_high_threshold": 1.1}],
+    "decoupled_ppo": [{"behave_high": 1.1}],
     "m2po": [{"cliprange_low": 0.2, "cliprange_high": 0.3}],
     "fipo": [{"weight_cliprange": 0.4, "weight_clip_high_only": False}],
 }

@@ -8,6 +8,7 @@ per-token field and in the hidden states.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ VOCAB, HIDDEN, OTHER_HIDDEN, K = 11, 4, 5, 3
 LENGTHS = (4, 1, 5, 3, 3, 2, 4, 3, 2, 1)
 IGNORED = (5, 8, 9)
 TOKENS = sum(LENGTHS)
+OF_HEAD = ("hidden", "values", "ref_hidden_states", "teacher_hidden_states", "teacher_logits")  # in the working dtype
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,9 @@ class World:
             "teacher_topk_logprobs": best,
         }
         self.by_token["target_tokens"][5, 1] = -100
+        for name, places in {"advantages": (3, 12), "is_weights": (9, 13), "token_weight": (5, 21)}.items():
+            self.by_token[name][list(places)] = 0
+        self.by_token["target_weights"][14] = 0
         numbers = torch.arange(len(LENGTHS))
         self.by_sequence = {"pair_ids": numbers // 2, "preferred": numbers % 2 == 0}
         self.of_batch = {
@@ -131,6 +136,14 @@ class World:
             "reward_shift": torch.tensor(0.2, dtype=torch.float64),
             "class_weight": torch.rand(VOCAB, generator=g, dtype=torch.float64) + 0.5,
         }
+
+    def rounded(self, dtype: torch.dtype) -> World:
+        """The same with what models give rounded to `dtype`."""
+        out = copy.deepcopy(self)
+        out.by_token |= {n: out.by_token[n].to(dtype).double() for n in OF_HEAD}
+        for head in (out.head, out.other_head):
+            head |= {n: x.to(dtype).double() for n, x in head.items()}
+        return out
 
     def rows(self, batch: Sequence[int]) -> list[Tensor]:
         """Places in the world of the tokens of each sequence of a micro-batch."""
@@ -150,6 +163,8 @@ class World:
         """A per-token tensor in the shape of a micro-batch, poisoned where it is not `live`."""
         x = self.by_token[name].clone()
         fill: float = -100
+        if name not in OF_HEAD:
+            dtype = torch.promote_types(dtype, torch.float32)
         if x.dtype.is_floating_point:
             x, fill = x.to(dtype), torch.nan if poison is None else poison
         if name == "group_ids":
@@ -160,7 +175,7 @@ class World:
             x[~live] = fill if not x.dtype.is_floating_point else poison
         rows = [x[r] for r in self.rows(batch)]
         if packed:
-            return torch.cat(rows).unsqueeze(0)
+            return torch.cat([x[:0], *rows]).unsqueeze(0)
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
     def to_world(self, grads: Sequence[Tensor], layout: Layout) -> Tensor:
@@ -184,7 +199,7 @@ class World:
             elif name in self.by_sequence:
                 given[name] = self.by_sequence[name][list(batch)]
             else:
-                given[name] = self.of_batch[name].to(dtype)
+                given[name] = self.of_batch[name].to(torch.promote_types(dtype, torch.float32))
         return case.item(**given)
 
     def build(
