@@ -107,7 +107,10 @@ def gather_inputs(
     shapes.check_head(hidden_states, head_weight, head_bias, autocast)
     shapes.check_labels(labels, hidden_states, label_name)
     lead = hidden_states.shape[:-1]
-    shapes.check_temperature(temperature, lead, hidden_states.device, values=run.check_labels)
+    live = None
+    if run.check_labels and isinstance(temperature, Tensor):
+        live = labels != options.ignore_index if labels.shape == lead else (labels != options.ignore_index).any(-1)
+    shapes.check_temperature(temperature, lead, hidden_states.device, live=live)
     if run.check_labels:
         shapes.check_label_range(labels, head_weight.shape[0], options.ignore_index, label_name)
     operand = hidden_states.dtype
