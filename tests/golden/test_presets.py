@@ -153,7 +153,7 @@ def test_nemo_distillation() -> None:
     assert preset("nemo/draft") == DistillLossConfig(divergence="cross_entropy")
 
 
-@pytest.mark.parametrize("entry", [e for e in test_slime.POLICY if "anchor" not in str(e["config"])], ids=case_id)
+@pytest.mark.parametrize("entry", [e for e in test_slime.CASES if "anchor" not in str(e["config"])], ids=case_id)
 def test_slime_policy(entry: Entry) -> None:
     args, config = entry["config"]["args"], test_slime.step_of(entry).config
     low, high = args.get("eps_clip", 0.2), args.get("eps_clip_high", 0.28)

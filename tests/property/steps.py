@@ -160,17 +160,22 @@ def max_logit(case: StepCase) -> float:
 
 
 def assert_step(got: Step, gold: GoldStep, case: StepCase, upstream: float = 1.0) -> None:
-    """Losses and all gradients are the oracle's, to the rounding of the dtype they come in."""
+    """Losses and all gradients are the oracle's, to the rounding of the dtype they come in.
+
+    An adjoint is a function of log-probs that are rounded themselves: where its terms (advantage, KL slope) cancel, it
+    carries the rounding of each, whose size is that of the loss terms.
+    """
+    adjoint = gold.adjoint + gold.loss_scale
     slope = case.head.logit_scale / float(case.head.temperature) * abs(upstream)
     tokens = sum(b.labels.numel() for b in case.batches)
     for b, (ours, theirs) in enumerate(zip(got.losses, gold.losses, strict=True)):
         scale = gold.loss_scale + gold.adjoint * tokens**0.5  # of the sum itself, and of the statistics in it
         budgets.assert_rounding(f"loss {b}", ours, theirs, gold.max_logit, scale)
     for b, (ours, theirs) in enumerate(zip(got.hidden, gold.hidden, strict=True)):
-        scale = gold.adjoint * slope * budgets.norm(case.weight)
+        scale = adjoint * slope * budgets.norm(case.weight)
         budgets.assert_rounding(f"d hidden {b}", ours, theirs * upstream, gold.max_logit, scale)
     rows = sum(budgets.norm(h[h.isfinite()]) for h in case.hidden)
-    scale = gold.adjoint * slope
+    scale = adjoint * slope
     budgets.assert_rounding("d weight", got.weight, gold.weight * upstream, gold.max_logit, scale * rows)
     if got.bias is not None:
         budgets.assert_rounding("d bias", got.bias, gold.bias * upstream, gold.max_logit, scale)
