@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xloss.head.plan import Plan
-
 ROUNDING_FACTOR = 64.0  # GEMM of up to 64 terms, exp, sum over V: each adds a few eps
 F32_GRADIENT = 1e-6  # design bar: float32 gradients against float64, norm-wise relative, logits of unit scale
 F32_LOSS = 1e-6  # the same for a loss, relative to the sum of its absolute terms
@@ -106,30 +104,9 @@ def assert_loss(ours: Tensor, base: Tensor, gold: Tensor, terms: Tensor, working
 
 
 PEAK_SLACK_BYTES = {"cpu": 64 << 10, "cuda": 32 << 20}
-"""Per-token vectors, and what an allocator rounds up to."""
-
-
-def peak_bytes(plan: Plan, working: torch.dtype, device_type: str) -> int:
-    """Most bytes above the inputs: the plan's own figures, and what the working dtype adds where a step must round."""
-    rows, hidden, vocab = plan.chunk_rows, plan.hidden_size, plan.vocab_size
-    logits = 4 * rows * vocab
-    out = plan.logits_bytes + plan.grad_bytes + PEAK_SLACK_BYTES[device_type]
-    out += 3 * 4 * rows * hidden  # a chunk's hidden states as operand, and their gradient
-    if plan.mode == "chunk":
-        # two blocks of scratch (docs/plans.md), and the product inside torch.linalg.vecdot
-        out += 3 * min(logits, {"cpu": 4 << 20, "cuda": 256 << 20}[device_type])
-    if working == torch.float32:
-        return out
-    if device_type == "cpu":
-        out += 4 * hidden * min(vocab, 8192)  # a block of the weight, widened
-    if plan.kind == "forward-only":
-        return out
-    out += working.itemsize * hidden * (vocab + plan.num_rows)  # gradients rounded, beside their float32 sums
-    if device_type == "cuda":  # dlogits as a tensor-core operand; the fused mode writes bf16 over the logits
-        in_place = plan.mode == "fused" and working == torch.bfloat16
-        out += 0 if in_place else logits // 2 + (logits if working == torch.float16 else 0)
-    return out
-
+"""Above a plan's peak by an allocator's count: per-token vectors, and what it rounds up to."""
+RESIDENT_SLACK_BYTES = 4 << 20  # above it by the kernel's count: pages, arenas, what a product's library packs
+LEAST_OF_A_PROMISE = 0.8  # of a plan's peak; dW counts before it is written, when its pages are not resident yet
 
 FUSED_RELATIVE = {torch.float32: 3e-6, torch.float16: 2e-3}
 """The interpreted fused mode against float64, max |error| / max |value|: float32 sums; float16 inputs, gradients."""

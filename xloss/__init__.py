@@ -23,6 +23,7 @@ from xloss.losses.policies import PolicyLossConfig, register_policy_loss
 from xloss.losses.preference import PreferenceLossConfig, PreferenceLossContext
 from xloss.losses.preferences import PreferenceTerm, register_preference_loss
 from xloss.losses.preferences.kwargs import PreferenceLossContextInputItem, PreferenceLossKwargs
+from xloss.losses.presets import Preset, preset, presets, register_preset
 from xloss.losses.rollout_correction import Rejection, RolloutCorrection
 from xloss.losses.soft_ce import SoftCELossConfig, SoftCELossContext, SoftCELossContextInputItem, SoftCELossKwargs
 from xloss.losses.value import ValueLossConfig, explained_variance
@@ -70,6 +71,7 @@ __all__ = [
     "PreferenceLossContextInputItem",
     "PreferenceLossKwargs",
     "PreferenceTerm",
+    "Preset",
     "RLLossContextInputItem",
     "Rejection",
     "RolloutCorrection",
@@ -88,8 +90,11 @@ __all__ = [
     "linear_logprobs",
     "merge_metrics",
     "optimal_value",
+    "preset",
+    "presets",
     "register_policy_loss",
     "register_preference_loss",
+    "register_preset",
     "rename_metrics",
     "roll_labels",
     "shift_labels",

@@ -89,8 +89,10 @@ CODES: tuple[str, ...] = tuple(
 )
 
 
-def unknown_name(kind: str, given: str, accepted: list[str]) -> str:
-    """Message for a misspelt name: what was given, the nearest accepted one, and all accepted ones."""
+def unknown_name(kind: str, given: str, accepted: list[str], listed_by: str = "") -> str:
+    """Message for a misspelt name: what was given, the nearest accepted one, and all accepted ones (or what lists them,
+    where they are too many)."""
     near = get_close_matches(given, accepted, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {given!r}.{hint} Accepted: {', '.join(sorted(accepted))}."
+    names = f"{listed_by} lists all" if listed_by else f"Accepted: {', '.join(sorted(accepted))}"
+    return f"unknown {kind} {given!r}.{hint} {names}."

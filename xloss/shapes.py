@@ -95,8 +95,10 @@ def check_per_token(name: str, tensor: Tensor, like: Tensor, *, floating: bool =
         raise DeviceError(f"{name} is on {tensor.device} but shifted_labels is on {like.device}")
 
 
-def check_temperature(temperature: float | Tensor, lead: torch.Size, device: torch.device, *, values: bool) -> None:
-    """A positive number, or one per token without gradient; a tensor's values are read only if ``values``."""
+def check_temperature(
+    temperature: float | Tensor, lead: torch.Size, device: torch.device, *, live: Tensor | None
+) -> None:
+    """A positive number, or one per token without gradient; its values are read where ``live``, if that is given."""
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
         return
@@ -108,10 +110,13 @@ def check_temperature(temperature: float | Tensor, lead: torch.Size, device: tor
         raise DeviceError(f"temperature is on {temperature.device} but hidden_states is on {device}")
     if temperature.requires_grad:
         raise OptionError("temperature requires grad; it is a constant here: pass temperature.detach()")
-    if values and temperature.is_cuda:
-        torch._assert_async((temperature > 0).all(), "temperature must be positive")
-    elif values and temperature.numel() and not bool((temperature > 0).all()):
-        raise OptionError(f"temperature must be positive; got a minimum of {float(temperature.min())}")
+    if live is None:
+        return
+    good = (temperature > 0) | ~live
+    if temperature.is_cuda:
+        torch._assert_async(good.all(), "temperature must be positive")
+    elif not bool(good.all()):
+        raise OptionError(f"temperature must be positive; got a minimum of {float(temperature[live].min())}")
 
 
 def check_positive(name: str, value: float | None) -> None:

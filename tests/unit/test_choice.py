@@ -27,6 +27,7 @@ from xloss.head.choice import (
 )
 from xloss.head.dispatch import RunOptions
 from xloss.head.plan import make_plan
+from xloss.stats import StatSpec
 
 GIB = 1 << 30
 H, V = 4096, 128256  # Llama 3
@@ -36,7 +37,7 @@ def request(tokens: int = 8192, **changes: Any) -> PlanRequest:
     """A bf16 call on CUDA."""
     sizes = {"num_rows": tokens, "num_live": tokens, "num_grad": tokens}
     base = PlanRequest("one-pass", "fused", **sizes, hidden_size=H, vocab_size=V, logit_bytes=4, device_type="cuda",
-                       operand_bytes=2, strip_bytes=2, weight_bytes=2)  # fmt: skip
+                       operand_bytes=2, strip_bytes=2, weight_bytes=2, hidden_bytes=2, waiting_bytes=2)  # fmt: skip
     return replace(base, **changes)
 
 
@@ -211,7 +212,7 @@ def test_memory_of_a_plan_without_logits() -> None:
     """The larger of a strip and the partial statistics; dX of a chunk is added up beside the whole one."""
     plan = make_plan(request(logits_budget=0))
     assert plan.logits_bytes == 8192 * 4096 * 2
-    assert plan.grad_bytes == 4 * H * (V + 8192 + 8192)
+    assert plan.grad_bytes == H * (4 * V + 2 * 8192 + 4 * 8192)  # dX waits in bf16
     partials = partial_bytes(V, 8192)
     narrow = make_plan(request(kernels="no_logits", logits_budget=partials))
     assert narrow.strip_columns == 1280 and narrow.logits_bytes == partials == 24 * 126 * 8192
@@ -224,6 +225,70 @@ def test_main_grad_saves_the_buffer_in_two_passes() -> None:
     assert one.grad_bytes - two.grad_bytes == 4 * H * V
     assert "main_grad" in two.reasons[-1] and "main_grad" in one.reasons[-1]
     assert "main_grad" not in str(make_plan(request(main_grad=True, weight_grad=False)))
+
+
+# -- what stands beside logits and gradients
+
+
+def test_gradients_are_rounded_when_the_logits_are_gone() -> None:
+    """dW is bf16 beside its float32 sum, or goes to main_grad; dX waits in bf16; float32 is handed out as it is."""
+    for kind in ("one-pass", "two-pass"):
+        plan = make_plan(request(kind=kind))
+        assert plan.copy_bytes == 2 * H * V
+        assert plan.peak_bytes == plan.grad_bytes + max(plan.logits_bytes + plan.scratch_bytes, plan.copy_bytes)
+        assert make_plan(request(kind=kind, main_grad=True)).copy_bytes == 0
+        assert make_plan(request(kind=kind, weight_grad=False)).copy_bytes == 0
+        wide = {"operand_bytes": 4, "strip_bytes": 4, "weight_bytes": 4, "hidden_bytes": 4, "waiting_bytes": 4}
+        assert make_plan(request(kind=kind, **wide)).copy_bytes == 0
+        half = make_plan(request(kind=kind, strip_bytes=4, waiting_bytes=4))
+        assert half.copy_bytes == 2 * H * (V + 8192)
+    assert make_plan(forward()).copy_bytes == 0
+    assert make_plan(request(retain=True)).copy_bytes == 2 * H * (V + 8192)
+
+
+def test_dlogits_for_tensor_cores() -> None:
+    """A bf16 copy in torch ops, a float16 copy in any mode, none where a kernel writes bf16 over the logits."""
+    rows, sizes = 1024, {"chunk_size": 1024, "kernels": "chunked_logits"}
+    fused, torch_ops = make_plan(request(**sizes)), make_plan(request(mode="chunk", **sizes))
+    half = make_plan(request(strip_bytes=4, waiting_bytes=4, **sizes))
+    copy, operands = 2 * rows * V, 2 * rows * H
+    assert fused.scratch_bytes == operands + rows * H * (4 + 2)
+    assert torch_ops.scratch_bytes == operands + copy + rows * H * (4 + 2)
+    assert half.scratch_bytes == operands + copy + 8192 * H * 4  # a block of dW, brought back to scale
+    strips = make_plan(request(logits_budget=0, strip_bytes=4, waiting_bytes=4))
+    assert strips.scratch_bytes == 2 * 8192 * H + 2 * 8192 * 4096 + 8192 * H * 4 * 2
+
+
+@pytest.mark.parametrize("device_type,budget", [("cpu", 4 * MIB), ("cuda", 256 * MIB)])
+def test_blocks_of_torch_row_work(device_type: str, budget: int) -> None:
+    """None for log-probs alone, which softmax in place serves; one for others; one more for entropy or a softcap."""
+    float32 = dict.fromkeys(("operand_bytes", "weight_bytes", "waiting_bytes", "strip_bytes", "hidden_bytes"), 4)
+    sizes = {**float32, "device_type": device_type, "mode": "chunk", "hidden_size": 1, "chunk_size": 4096,
+             "logits_budget": GIB}  # fmt: skip
+    block = budget // (4 * V) * 4 * V
+
+    def blocks(**changes: Any) -> int:
+        return round(make_plan(request(**{**sizes, **changes})).scratch_bytes / block)
+
+    def stats(name: str) -> dict[str, StatSpec]:
+        return {"stats": StatSpec(**{name: True})}
+
+    assert blocks() == blocks(**stats("top1")) == blocks(**stats("mean_logit")) == 0
+    assert blocks(**stats("sum_p2")) == blocks(num_grad=8000) == 1
+    assert blocks(**stats("entropy")) == blocks(softcap=True) == 2
+    assert blocks(kind="two-pass") == blocks(kind="forward-only", num_grad=0) == 1
+    assert blocks(kind="forward-only", num_grad=0, **stats("entropy")) == 2
+    assert blocks(kind="forward-only", num_grad=0, softcap=True) == 1
+    assert blocks(mode="fused", softcap=True, **stats("entropy")) == 0
+
+
+def test_statistics_beside_kept_chunks_count() -> None:
+    """Tokens without a gradient come after the kept chunks: their logits stand beside those, within the budget."""
+    sizes = {"kind": "two-pass", "chunk_size": 1024, "vocab_size": 32000}
+    for budget in (4, 5, 8, 9):
+        plan = make_plan(request(8192, num_grad=4096, logits_budget=budget * 1024 * 32000 * 4, **sizes))
+        assert plan.saved_chunks == min(4, budget - 1)
+        assert plan.logits_bytes == (plan.saved_chunks + 1) * 1024 * 32000 * 4 <= budget * 1024 * 32000 * 4
 
 
 # -- what the plan says

@@ -12,6 +12,7 @@ from xloss import __version__
 from xloss.cli.demo import demo
 from xloss.cli.errors import CannotRun
 from xloss.cli.info import info
+from xloss.cli.losses import losses
 from xloss.cli.settings import sources
 
 HELP = """Language-model losses from hidden states and an lm_head, without the logits.
@@ -29,6 +30,7 @@ app = App(
 )
 app.command(demo)
 app.command(info)
+app.command(losses)
 app.meta.help_flags = []
 app.meta.version_flags = []
 

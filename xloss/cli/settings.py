@@ -33,8 +33,9 @@ class CheckedEnv:
         """Called by cyclopts while it parses."""
         prefix = PREFIX + "".join(f"{command.upper()}_" for command in commands)
         known = [prefix + name.upper().replace("-", "_") for name in option_names(arguments)]
+        others = tuple(f"{prefix}{name.upper()}_" for name in command_names(app)) if commands else ()
         for name in sorted(os.environ) if commands else ():
-            if name.startswith(prefix) and name not in known:
+            if name.startswith(prefix) and not name.startswith(others) and name not in known:
                 raise CycloptsError(msg=f"Unknown environment variable {name}.{_near(name, known)}")
             word = name.removeprefix(PREFIX).split("_")[0].lower()
             names = command_names(self.root)
@@ -54,19 +55,25 @@ class CheckedTable:
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         """Called by cyclopts while it parses."""
-        names = command_names(self.root)
-        for section, options in self.table.items():
-            if section not in names:
-                raise CycloptsError(msg=f"Unknown command [{section}] in {self.source}.{_near(section, names)}")
-            if not isinstance(options, dict):
-                raise CycloptsError(msg=f"[{section}] in {self.source} must be a table of options, not {options!r}.")
-            known = option_names(self.root[section].assemble_argument_collection())
-            for option in options:
-                if option.replace("_", "-") not in known:
-                    raise CycloptsError(
-                        msg=f"Unknown option {option!r} of [{section}] in {self.source}.{_near(option, known)}"
-                    )
+        self._check(self.table, self.root, ())
         Dict(self.table, source=self.source)(app, commands, arguments)
+
+    def _check(self, table: dict[str, Any], app: App, path: tuple[str, ...]) -> None:
+        """Raise unless every key is a command under ``app``, with a table of its own, or one of its options."""
+        names = command_names(app)
+        known = option_names(app.assemble_argument_collection()) if path else []
+        for key, value in table.items():
+            section = ".".join([*path, key])
+            if key in names:
+                if not isinstance(value, dict):
+                    raise CycloptsError(msg=f"[{section}] in {self.source} must be a table of options, not {value!r}.")
+                self._check(value, app[key], (*path, key))
+            elif not path:
+                raise CycloptsError(msg=f"Unknown command [{section}] in {self.source}.{_near(key, names)}")
+            elif key.replace("_", "-") not in known:
+                where = ".".join(path)
+                near = _near(key, [*known, *names])
+                raise CycloptsError(msg=f"Unknown option {key!r} of [{where}] in {self.source}.{near}")
 
 
 def command_names(root: App) -> list[str]:

@@ -9,10 +9,11 @@ There are two ways through the head:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from xloss.errors import UnsupportedError
+from xloss.stats import StatSpec
 
 PlanKind = Literal["one-pass", "two-pass", "forward-only", "eager", "chunked-autograd"]
 Kernels = Literal["chunked_logits", "no_logits"]
@@ -47,10 +48,12 @@ class PlanRequest:
     """Sizes and wishes that decide a plan.
 
     ``logit_bytes`` is the width of a logit and of an accumulator (4, or 8 for float64), ``operand_bytes`` that of the
-    products' operands, ``strip_bytes`` that of a dlogit in a strip, ``weight_bytes`` that of the weight and of the
-    gradient it gets. ``teacher_size``: hidden size of a second head whose logits stand beside the first's; 0: they are
-    given; ``None``: there is none. ``no_logits_refused`` says why the ``no_logits`` kernels cannot take these tensors,
-    or ``None``.
+    products' operands, ``strip_bytes`` that of a dlogit in a strip, ``weight_bytes`` and ``hidden_bytes`` those of the
+    weight, the hidden states and the gradients they get, ``waiting_bytes`` that of the hidden gradient until it is
+    handed out. ``stats``, ``softcap``, ``bias``: what row work has to do. ``weight_cast``: the weight is copied in the
+    operands' dtype. ``retain``: gradients are handed out as copies. ``teacher_size``: hidden size of a second head
+    whose logits stand beside the first's; 0: they are given; ``None``: there is none. ``no_logits_refused`` says why
+    the ``no_logits`` kernels cannot take these tensors, or ``None``.
     """
 
     kind: PlanKind
@@ -65,6 +68,13 @@ class PlanRequest:
     operand_bytes: int = 4
     strip_bytes: int = 4
     weight_bytes: int = 4
+    hidden_bytes: int = 4
+    waiting_bytes: int = 4
+    stats: StatSpec = field(default_factory=StatSpec)
+    softcap: bool = False
+    bias: bool = False
+    weight_cast: bool = False
+    retain: bool = False
     chunk_size: int | None = None
     logits_budget: int | None = None
     kernels: KernelChoice = "auto"
@@ -79,6 +89,18 @@ class PlanRequest:
     def row_bytes(self) -> int:
         """Bytes of one token's logits, a teacher's among them."""
         return self.vocab_size * self.logit_bytes * (1 if self.teacher_size is None else 2)
+
+    @property
+    def scales_dlogits(self) -> bool:
+        """Whether dlogits are brought to the range of float16 for the tensor cores."""
+        return self.device_type == "cuda" and self.operand_bytes == 2 and self.strip_bytes == 4
+
+    @property
+    def narrow_bytes(self) -> int:
+        """Bytes of the tensor-core copy of a dlogit beside it: none where a kernel writes bf16 itself, nor on a CPU."""
+        if self.device_type != "cuda" or self.operand_bytes != 2:
+            return 0
+        return 0 if self.mode == "fused" and self.strip_bytes == 2 else 2
 
 
 @dataclass(frozen=True)
@@ -181,6 +203,7 @@ def budget_of(r: PlanRequest) -> int:
     that size raise no peak, so a chunk is never smaller: with L-byte logits and a w-byte weight, T tokens take a single
     chunk where ``T <= max(C, H w / L)``, C rows being what the default holds. (With bf16 logits and a single chunk's dW
     rounded in registers the same argument gives ``T <= max(C + H, 2 H)``; here logits and dW are float32.)
+    Where dlogits are copied for the tensor cores the copy takes its part.
     """
     if r.logits_budget is not None:
         return r.logits_budget
@@ -188,7 +211,8 @@ def budget_of(r: PlanRequest) -> int:
     casts = r.weight_grad and r.weight_bytes != r.logit_bytes and not r.main_grad
     if r.device_type != "cuda" or not casts or r.kind not in ("one-pass", "two-pass"):
         return default
-    return max(default, r.vocab_size * r.hidden_size * r.weight_bytes)
+    free = r.vocab_size * r.hidden_size * r.weight_bytes
+    return max(default, free * r.logit_bytes // (r.logit_bytes + r.narrow_bytes))
 
 
 def _chunk_rows(r: PlanRequest) -> tuple[int, tuple[str, ...]]:

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from xloss.head.backend import Adjoints, LossTwin, RawRows, RowState
+from xloss.head.memory import DIVERGENCE_SHARE, block_rows
 from xloss.head.options import HeadOptions
 from xloss.head.teacher import TeacherRows
 from xloss.head.transform import column, transform_
 from xloss.policy.divergence import divergence, divergence_grad
 from xloss.stats import TokenStats
-
-_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-_DIVERGENCE_SHARE = 4  # its formulas make several temporaries of a block's size
 
 
 def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowState:
@@ -52,9 +50,9 @@ def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowSt
         torch.sub(peak, log_peak, out=lse[span])
         if entropy is not None and shifted is not None:  # about the peak: exact for logits of any size
             below = torch.sub(z, peak.unsqueeze(1), out=shifted[: z.shape[0]])
-            entropy[span] = -log_peak - torch.linalg.vecdot(p, below)
+            entropy[span] = -log_peak - below.mul_(p).sum(1)
         if sum_p2 is not None:
-            sum_p2[span] = torch.linalg.vecdot(p, p)
+            sum_p2[span] = p.square_().sum(1)
     logprobs = picked - (lse if labels.ndim == 1 else lse.unsqueeze(1))
     stats = TokenStats(logprobs, lse, entropy, mean_logit, sum_p2, top1, found)
     return RowState(rows, stats, to_probs)
@@ -114,7 +112,10 @@ def scale(grad: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool)
     if grad.dtype in (torch.float32, torch.float64):
         upstream = upstream.to(grad.dtype)
         return grad.mul_(upstream).to(dtype) if in_place else (grad * upstream).to(dtype)
-    return (grad.float() * upstream).to(dtype)
+    out = grad if in_place and grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    for rows, part in _blocks(grad):
+        out[rows] = part.float().mul_(upstream)
+    return out
 
 
 def _probs_to_grad_(p: Tensor, p_coef: Tensor, uniform: Tensor | None) -> None:
@@ -168,7 +169,7 @@ def _softcap_slope(z: Tensor, temperature: float | Tensor, rows: slice, options:
 def _divergence(z: Tensor, teacher: TeacherRows) -> Tensor:
     """Divergence ``[C]`` of transformed logits ``z [C, V]`` from the teacher's."""
     out = z.new_empty(z.shape[0])
-    for span, part in _blocks(z, _DIVERGENCE_SHARE):
+    for span, part in _blocks(z, DIVERGENCE_SHARE):
         out[span] = divergence(part / _student_column(teacher, span), teacher.logits[span], teacher.divergence)
     return out
 
@@ -177,7 +178,7 @@ def _divergence_to_grad_(rows: RawRows, adjoint: Tensor) -> None:
     """The teacher's buffer becomes ``adjoint [C]`` times the gradient of the divergence with respect to ``z``."""
     teacher = rows.teacher
     assert teacher is not None
-    for span, z in _blocks(rows.logits, _DIVERGENCE_SHARE):
+    for span, z in _blocks(rows.logits, DIVERGENCE_SHARE):
         t, other = _student_column(teacher, span), teacher.logits[span]
         grad = divergence_grad(z / t, other, teacher.divergence)
         torch.mul(grad, adjoint[span].unsqueeze(1) / t, out=other)
@@ -199,8 +200,7 @@ def _label_index(labels: Tensor, vocab: int) -> Tensor:
 
 
 def _block_rows(buffer: Tensor) -> int:
-    budget = _BLOCK_BYTES.get(buffer.device.type, _BLOCK_BYTES["cuda"])
-    return max(1, budget // max(1, buffer.shape[1] * buffer.element_size()))
+    return block_rows(buffer.shape[1] * buffer.element_size(), buffer.device.type)
 
 
 def _scratch(buffer: Tensor) -> Tensor:

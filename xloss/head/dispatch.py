@@ -19,7 +19,7 @@ from xloss.head.choice import KERNEL_CHOICES, KernelChoice, PlanKind, PlanReques
 from xloss.head.main_grad import MainGrad
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
 from xloss.head.plan import Plan, make_plan
-from xloss.head.runner import HeadCall, strip_dtype
+from xloss.head.runner import HeadCall, strip_dtype, waiting_dtype
 
 Mode = Literal["auto", "eager", "chunk", "fused"]
 MODES: tuple[str, ...] = ("auto", "eager", "chunk", "fused")
@@ -107,7 +107,10 @@ def gather_inputs(
     shapes.check_head(hidden_states, head_weight, head_bias, autocast)
     shapes.check_labels(labels, hidden_states, label_name)
     lead = hidden_states.shape[:-1]
-    shapes.check_temperature(temperature, lead, hidden_states.device, values=run.check_labels)
+    live = None
+    if run.check_labels and isinstance(temperature, Tensor):
+        live = labels != options.ignore_index if labels.shape == lead else (labels != options.ignore_index).any(-1)
+    shapes.check_temperature(temperature, lead, hidden_states.device, live=live)
     if run.check_labels:
         shapes.check_label_range(labels, head_weight.shape[0], options.ignore_index, label_name)
     operand = hidden_states.dtype
@@ -144,10 +147,16 @@ def _no_logits_refused(weight: Tensor) -> str | None:
 
 
 def plan_call(
-    inputs: HeadInputs, rows: LiveRows, kind: PlanKind, mode: str, run: RunOptions, reasons: tuple[str, ...] = ()
+    inputs: HeadInputs,
+    options: HeadOptions,
+    rows: LiveRows,
+    kind: PlanKind,
+    mode: str,
+    run: RunOptions,
+    reasons: tuple[str, ...] = (),
 ) -> Plan:
     """The plan for checked inputs."""
-    operand = inputs.operand_dtype
+    operand, acc = inputs.operand_dtype, gemm.accumulate_dtype(inputs.operand_dtype)
     return make_plan(
         PlanRequest(
             kind=kind,
@@ -157,10 +166,17 @@ def plan_call(
             num_grad=rows.num_grad if kind != "forward-only" else 0,
             hidden_size=inputs.weight.shape[1],
             vocab_size=inputs.weight.shape[0],
-            logit_bytes=gemm.accumulate_dtype(operand).itemsize,
+            logit_bytes=acc.itemsize,
             operand_bytes=operand.itemsize,
             strip_bytes=strip_dtype(operand).itemsize,
             weight_bytes=inputs.weight.dtype.itemsize,
+            hidden_bytes=inputs.hidden.dtype.itemsize,
+            waiting_bytes=waiting_dtype(inputs.hidden.dtype, acc).itemsize,
+            stats=options.stats,
+            softcap=options.softcap is not None,
+            bias=inputs.bias is not None,
+            weight_cast=inputs.weight.dtype != operand,
+            retain=run.allow_retain_graph,
             device_type=inputs.weight.device.type,
             chunk_size=run.chunk_size,
             logits_budget=run.logits_budget,

@@ -125,7 +125,7 @@ class LinearLogprobs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, []  # a second backward computes the logits again
         acc = {n: g[: call.rows.num_grad] for n, g in zip(DIFFERENTIABLE, grads, strict=False) if g is not None}
         sums = _two_pass_sums(call, (hidden, weight, bias), ctx.needs_input_grad[:3], kept, ctx.exact, acc)
-        d_hidden, d_weight, d_bias = _cast(sums, (hidden, weight, bias))  # the logits are gone by now
+        d_hidden, d_weight, d_bias = _cast(sums, (hidden, weight, bias))
         if call.main_grad is not None:
             d_weight = call.main_grad.given_to_autograd()
         return d_hidden, d_weight, d_bias, None
@@ -146,6 +146,7 @@ def _two_pass_sums(
         if adjoints:
             adjoints.setdefault("logprobs", torch.zeros_like(exact.logprobs))
             engine.two_pass_backward(runner, sink, kept, exact, adjoints)
+        kept.clear()  # before gradients are rounded beside their sums
     return sink.finish()
 
 

@@ -95,16 +95,16 @@ def token_stats(
     """Statistics ``[T]`` of flat, checked inputs (0 at rows that are not live), and the plan that made them."""
     mode = resolve_mode(run.mode, inputs.weight.device.type, inputs.operand_dtype)
     if mode == "eager":
-        plan = plan_call(inputs, rows, "eager", mode, run, reasons)
+        plan = plan_call(inputs, options, rows, "eager", mode, run, reasons)
         stats, _ = eager.live_stats(inputs, options, rows)
         return spread_stats(stats, rows), plan
     if inputs.tracked:
-        plan = plan_call(inputs, rows, "two-pass", mode, run, reasons)
+        plan = plan_call(inputs, options, rows, "two-pass", mode, run, reasons)
         call = head_call(inputs, options, rows, plan, run)
         *values, top1 = LinearLogprobs.apply(inputs.hidden, inputs.weight, inputs.bias, call)
         stats = TokenStats(**dict(zip(DIFFERENTIABLE, values, strict=True)), top1=top1)
     else:
-        plan = plan_call(inputs, rows, "forward-only", mode, run, reasons)
+        plan = plan_call(inputs, options, rows, "forward-only", mode, run, reasons)
         call = head_call(inputs, options, rows, plan, run)
         stats = engine.forward_stats(ChunkRunner(call, inputs.hidden, inputs.weight, inputs.bias), 0, rows.num_live)
     return spread_stats(stats, rows), plan

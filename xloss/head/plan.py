@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xloss.head import memory
 from xloss.head.choice import Choice, Kernels, PlanKind, PlanRequest, budget_of, choose, partial_bytes, readable
 
 __all__ = ["Plan", "PlanKind", "PlanRequest", "make_plan"]
@@ -17,7 +18,9 @@ class Plan:
     """What one call of the head does. Sizes are rows (tokens) and bytes; ``str(plan)`` is a readable report.
 
     ``logits_bytes`` is the largest buffer of vocabulary-sized work held at once: logits, or, where no logits are
-    written, a strip of dlogits ``[chunk_rows, strip_columns]`` or the partial statistics of a chunk.
+    written, a strip of dlogits ``[chunk_rows, strip_columns]`` or the partial statistics of a chunk. ``grad_bytes``:
+    where gradients are summed. ``scratch_bytes``: what chunks need beside both. ``copy_bytes``: gradients in the dtype
+    they are handed out in, where that is another; the logits are gone by then.
     """
 
     kind: PlanKind
@@ -33,6 +36,8 @@ class Plan:
     saved_chunks: int
     logits_bytes: int
     grad_bytes: int
+    scratch_bytes: int
+    copy_bytes: int
     reasons: tuple[str, ...]
     teacher_size: int | None = None
 
@@ -43,6 +48,11 @@ class Plan:
             return 1
         grad, rest = -(-self.num_grad // self.chunk_rows), -(-(self.num_live - self.num_grad) // self.chunk_rows)
         return grad + rest
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes above the inputs, vectors of a number per token apart; of what autograd runs only a part."""
+        return self.grad_bytes + max(self.logits_bytes + self.scratch_bytes, self.copy_bytes)
 
     @property
     def flops(self) -> int:
@@ -80,6 +90,11 @@ class Plan:
             f"  chunks {self.num_chunks} of up to {self.chunk_rows} tokens, {kept}",
             f"  memory {readable(self.logits_bytes)} of {held}, {readable(self.grad_bytes)} of gradients",
         ]
+        if self.kind not in ("eager", "chunked-autograd"):
+            scratch, copies = readable(self.scratch_bytes), readable(self.copy_bytes)
+            lines.append(
+                f"  peak   {readable(self.peak_bytes)}, with {scratch} of scratch, {copies} of copies at the end"
+            )
         return "\n".join(lines + [f"  why    {reason}" for reason in self.reasons])
 
 
@@ -98,7 +113,7 @@ def make_plan(request: PlanRequest) -> Plan:
     else:
         saved, kept_why = _saved_chunks(r, choice)
         why += kept_why
-        work = 0 if saved and saved * choice.rows >= r.num_grad else 1
+        work = 0 if saved and saved * choice.rows >= r.num_grad == r.num_live else 1
         held = (saved + work) * live_chunk * r.row_bytes
     return Plan(
         kind=r.kind,
@@ -114,6 +129,8 @@ def make_plan(request: PlanRequest) -> Plan:
         saved_chunks=saved,
         logits_bytes=held,
         grad_bytes=0 if r.kind == "forward-only" else _grad_bytes(r, choice),
+        scratch_bytes=memory.scratch_bytes(r, choice, live_chunk, saved),
+        copy_bytes=memory.copy_bytes(r),
         reasons=r.reasons + why + _main_grad_why(r),
         teacher_size=r.teacher_size,
     )
@@ -125,7 +142,8 @@ def _saved_chunks(r: PlanRequest, choice: Choice) -> tuple[int, tuple[str, ...]]
         return 0, ()
     chunks = -(-r.num_grad // choice.rows)
     fit = budget_of(r) // max(1, min(choice.rows, max(r.num_grad, 1)) * r.row_bytes)
-    saved = chunks if chunks <= fit else max(0, fit - 1)
+    work = r.num_live > r.num_grad  # tokens without a gradient have their statistics made beside the kept chunks
+    saved = chunks if chunks + work <= fit else max(0, fit - 1)
     return saved, (f"{saved} chunks of logits are kept for backward, {chunks - saved} are computed again there",)
 
 
@@ -135,11 +153,11 @@ def _eager_bytes(r: PlanRequest) -> int:
 
 
 def _grad_bytes(r: PlanRequest, choice: Choice) -> int:
-    """Accumulators of dW (none where products add to ``main_grad``) and dX, which strips add up a chunk at a time."""
+    """Sums of dW (none where products add to ``main_grad``), db and dX, which strips add up a chunk at a time."""
     own_weight = r.weight_grad and not (r.main_grad and r.kind == "two-pass")
     summed = min(choice.rows, r.num_grad) if choice.kernels == "no_logits" else 0
-    rows = (r.num_rows + summed) * r.hidden_grad
-    return r.logit_bytes * r.hidden_size * (r.vocab_size * own_weight + rows)
+    hidden = (r.num_rows * r.waiting_bytes + summed * r.logit_bytes) * r.hidden_grad
+    return r.hidden_size * (r.vocab_size * r.logit_bytes * own_weight + hidden)
 
 
 def _main_grad_why(r: PlanRequest) -> tuple[str, ...]:

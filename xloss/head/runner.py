@@ -128,8 +128,7 @@ class GradSink:
         hidden, weight = runner.hidden, runner.weight
         acc = gemm.accumulate_dtype(runner.call.operand_dtype)
         self.runner = runner
-        # bf16 has float32's range, so its gradient can wait in bf16; float16's cannot
-        keep = torch.bfloat16 if hidden.dtype == torch.bfloat16 else acc
+        keep = waiting_dtype(hidden.dtype, acc)
         self.hidden = torch.zeros(hidden.shape, dtype=keep, device=hidden.device) if needs[0] else None
         self._own_weight = into is None
         self.weight = into
@@ -140,12 +139,13 @@ class GradSink:
 
     def add(self, dlogits: Tensor, hidden: Tensor, places: Tensor | slice) -> None:
         """A chunk's gradient of raw logits ``[C, V]`` with its hidden states ``[C, H]`` and places in ``[T]``."""
-        if self.hidden is not None:
-            self.hidden[places] = gemm.grad_hidden(dlogits, self.runner.weight).to(self.hidden.dtype)
-        if self.weight is not None:
-            gemm.add_grad_weight(self.weight, dlogits, hidden, self._own_weight and self._empty)
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+        dz = gemm.narrow_(dlogits, self.runner.weight.dtype)
+        if self.hidden is not None:
+            self.hidden[places] = gemm.grad_hidden(dz, self.runner.weight).to(self.hidden.dtype)
+        if self.weight is not None:
+            gemm.add_grad_weight(self.weight, dz, hidden, self._own_weight and self._empty)
         self._empty = False
 
     def add_strips(
@@ -161,12 +161,13 @@ class GradSink:
         for strip in call.plan.strips():
             out = buffer[:, : strip.stop - strip.start]
             dlogits = call.head.strip_dlogits(rows, stats, adjoints, call.options, strip, out)
-            if total is not None:
-                gemm.add_grad_hidden(total, dlogits, weight[strip], first=strip.start == 0)
-            if self.weight is not None:
-                gemm.add_grad_weight(self.weight[strip], dlogits, hidden, self._own_weight and self._empty)
             if self.bias is not None:
                 self.bias[strip] += dlogits.sum(0, dtype=acc)
+            dz = gemm.narrow_(dlogits, weight.dtype)
+            if total is not None:
+                gemm.add_grad_hidden(total, dz, weight[strip], first=strip.start == 0)
+            if self.weight is not None:
+                gemm.add_grad_weight(self.weight[strip], dz, hidden, self._own_weight and self._empty)
         if self.hidden is not None and total is not None:
             self.hidden[places] = total.to(self.hidden.dtype)
         self._empty = False
@@ -183,6 +184,11 @@ class GradSink:
 def strip_dtype(operand: torch.dtype) -> torch.dtype:
     """dtype of a strip of dlogits: bf16 goes to the tensor cores as it is, float16 is first scaled, from float32."""
     return torch.bfloat16 if operand == torch.bfloat16 else torch.float32
+
+
+def waiting_dtype(hidden: torch.dtype, acc: torch.dtype) -> torch.dtype:
+    """dtype in which the hidden gradient waits for ``backward``: bf16 has float32's range and float16 has not."""
+    return hidden if hidden == torch.bfloat16 else acc
 
 
 def row_places(rows: LiveRows, start: int, stop: int) -> Tensor | slice:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xloss.errors import DeviceError, DtypeError, OptionError, ShapeError
 from xloss.head import gemm
+from xloss.head.memory import block_rows
 from xloss.head.transform import transform_
 from xloss.policy.divergence import FLOOR, Divergence
 
@@ -76,7 +77,7 @@ class TeacherLogits:
     def fill(self, places: Places, out: Tensor) -> None:
         """Logits of the tokens at ``places`` into ``out [C, V]``."""
         if isinstance(self.logits, Tensor):
-            given = self.logits.detach()[places]
+            _copy_rows(self.logits.detach(), places, out)
         else:
             if isinstance(places, slice):
                 places = torch.arange(places.start, places.stop, device=out.device)
@@ -85,7 +86,8 @@ class TeacherLogits:
                 shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
                 raise ShapeError(f"teacher_logits_fn must return {tuple(out.shape)} for these tokens; got {shape}")
             _check_kind("what teacher_logits_fn returns", given, out.device)
-        torch.clamp(given.to(out.dtype), min=FLOOR, out=out)
+            out.copy_(given)
+        out.clamp_(min=FLOOR)
 
     def check(self, num_tokens: int, vocab_size: int, device: torch.device) -> None:
         """Raise unless a tensor fits the student's tokens, vocabulary and device."""
@@ -146,6 +148,16 @@ class TeacherRows:
         """Rows ``index`` of everything but the logits, which are given."""
         t = self.student_temperature
         return TeacherRows(logits, self.divergence, t.index_select(0, index) if isinstance(t, Tensor) else t)
+
+
+def _copy_rows(logits: Tensor, places: Places, out: Tensor) -> None:
+    """``logits[places]`` into ``out``, a block at a time: picking rows makes a copy."""
+    if isinstance(places, slice):
+        out.copy_(logits[places])
+        return
+    step = block_rows(logits.shape[1] * logits.element_size(), logits.device.type)
+    for start in range(0, places.numel(), step):
+        out[start : start + step] = logits[places[start : start + step]]
 
 
 def _at(temperature: float | Tensor, places: Places) -> float | Tensor:

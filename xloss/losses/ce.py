@@ -15,6 +15,7 @@ from xloss.errors import DeviceError, ShapeError, UnsupportedError
 from xloss.head.backend import LossTwin
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.facts import LossForm
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.reduced import ReducedLossConfig
 from xloss.losses.reduction import reduction_weights
@@ -42,6 +43,38 @@ class CELossConfig(ReducedLossConfig):
         return_token_accuracy: report how often the label is the most probable token.
     """
 
+    forms: ClassVar[tuple[LossForm, ...]] = (
+        LossForm("cross_entropy", "-lp", "-", "Negative log-likelihood of the labels."),
+        LossForm(
+            "label_smoothing",
+            "-(1 - eps) lp + eps (lse - mean_v z_v); megatron: eps V / (V - 1) in the place of eps",
+            "arXiv 1512.00567; Megatron-LM",
+            "Cross-entropy with a share of the mass taken from the label.",
+            {"label_smoothing": 0.1},
+        ),
+        LossForm(
+            "focal",
+            "-(1 - p)^focal_gamma lp",
+            "arXiv 1708.02002",
+            "Cross-entropy that weighs down what is already predicted.",
+            {"focal_gamma": 2.0},
+        ),
+        LossForm(
+            "dft",
+            "-sg(p) lp",
+            "DFT, arXiv 2508.05629; TRL, Liger",
+            "Dynamic fine-tuning: weighed by the label's probability.",
+            {"token_scaling": "dft"},
+        ),
+        LossForm(
+            "chord_phi",
+            "-sg(p (1 - p)) min(lp, log cutoff_prob)",
+            "CHORD, arXiv 2508.11408; ms-swift, Trinity-RFT",
+            "The supervised term of CHORD: weighed where the model is undecided.",
+            {"token_scaling": "chord_phi"},
+        ),
+    )
+
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing_kind: Literal["torch", "megatron"] = "torch"
     z_loss_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -63,6 +96,11 @@ class CELossConfig(ReducedLossConfig):
         if self.label_smoothing_kind != "torch" and not self.label_smoothing:
             raise ValueError(f"label_smoothing_kind={self.label_smoothing_kind!r} needs label_smoothing > 0")
         return self
+
+    def form(self) -> str:
+        if self.label_smoothing:
+            return "label_smoothing"
+        return "focal" if self.focal_gamma else self.token_scaling or "cross_entropy"
 
     @property
     def loss_ctx_cls(self) -> type[CELossContext]:

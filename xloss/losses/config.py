@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 import torch
 from pydantic import ConfigDict, Field
@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss.head.choice import KernelChoice
 from xloss.head.dispatch import Mode, RunOptions
 from xloss.head.options import HeadOptions
+from xloss.losses.facts import LossForm
 from xloss.losses.model import BaseLossKwargs, StrictModel
 from xloss.stats import StatSpec
 
@@ -42,6 +43,9 @@ class BaseLossConfig(StrictModel):
 
     model_config = ConfigDict(frozen=True)
 
+    forms: ClassVar[tuple[LossForm, ...]] = ()
+    """The losses that this class computes, for the catalog."""
+
     ignore_idx: int = -100
     mode: Mode = "auto"
     chunk_size: int | None = Field(default=None, gt=0)
@@ -57,6 +61,10 @@ class BaseLossConfig(StrictModel):
     allow_retain_graph: bool = False
     check_labels: bool = True
     grad_reduce: Literal["mean", "sum"] = "mean"
+
+    def form(self) -> str:
+        """Name of the one of ``forms`` that this config computes."""
+        return self.forms[0].name if self.forms else type(self).__name__
 
     @property
     def loss_ctx_cls(self) -> type[BaseLossContext[Any]]:

@@ -15,6 +15,7 @@ from xloss.head.plan import Plan
 from xloss.head.teacher import LogitsFn, Teacher
 from xloss.losses import run
 from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.facts import LossForm
 from xloss.losses.info import LossInfo
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken
 from xloss.losses.reduced import ReducedLossConfig
@@ -31,6 +32,11 @@ _MIX_FIELD = {
     "skewed_forward_kl": "skew_lambda",
     "skewed_reverse_kl": "skew_lambda",
 }
+
+
+_GKD = "GKD, arXiv 2306.13649; TRL, Liger"
+_DISTILLM = "DistiLLM, arXiv 2402.03898; ROLL"
+_DRAFT = "arXiv 2602.23881; vLLM speculators"
 
 
 class DistillLossConfig(ReducedLossConfig):
@@ -55,6 +61,23 @@ class DistillLossConfig(ReducedLossConfig):
         log_prob_min_clamp: both models' top-k log-probs are raised to this (verl: -10); ``full`` only.
         loss_max_clamp: ``D`` is clamped to +- this (verl: 10); the gradient is 0 beyond.
     """
+
+    forms: ClassVar[tuple[LossForm, ...]] = tuple(
+        LossForm(name, formula, source, summary, {"divergence": name.removeprefix("distill_")})
+        for name, formula, source, summary in (
+            ("forward_kl", "F = sum q (log q - log p)", "Hinton et al., arXiv 1503.02531", "KL(teacher, student)."),
+            ("reverse_kl", "R = sum p (log p - log q)", "MiniLLM, arXiv 2306.08543", "KL(student, teacher)."),
+            ("jsd", "beta KL(q, m) + (1 - beta) KL(p, m), m = (1 - beta) p + beta q", _GKD, "Between F and R."),
+            ("mixed", "w F + (1 - w) R, w = mixed_kl_weight", "NeMo RL, torchtune", "A weighted sum of both KLs."),
+            ("skewed_forward_kl", "KL(q, l q + (1 - l) p), l = skew_lambda", _DISTILLM, "F against a mixture."),
+            ("skewed_reverse_kl", "KL(p, (1 - l) q + l p), l = skew_lambda", _DISTILLM, "R against a mixture."),
+            ("tvd", "sum |p - q| / 2", "Liger", "Total variation distance."),
+            ("nla", "-log alpha, alpha = sum min(p, q)", _DRAFT, "Of the acceptance rate of a draft model."),
+            ("lk_hybrid", "k F + (1 - k) TVD, k = sg(exp(-3 alpha))", _DRAFT, "F while far, TVD when close."),
+            ("distill_cross_entropy", "-sum q log p", "NeMo RL", "F without the teacher's entropy."),
+            ("cosine", "1 - cos(z_p, z_q)", "Liger", "Angle between logits."),
+        )
+    )
 
     divergence: DivergenceKind = "forward_kl"
     beta: float | None = Field(default=None, ge=0, le=1)
@@ -95,6 +118,9 @@ class DistillLossConfig(ReducedLossConfig):
         """The divergence as the formulas take it."""
         own = _MIX_FIELD.get(self.divergence)
         return Divergence(self.divergence, None if own is None else getattr(self, own))
+
+    def form(self) -> str:
+        return "distill_cross_entropy" if self.divergence == "cross_entropy" else self.divergence
 
     @property
     def loss_ctx_cls(self) -> type[DistillLossContext]:

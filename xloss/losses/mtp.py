@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -17,6 +17,7 @@ from xloss.head.plan import Plan
 from xloss.losses import calibration
 from xloss.losses.base import TokenLoss, require
 from xloss.losses.ce import CELossConfig, CELossContext, CELossContextInputItem, CELossKwargs
+from xloss.losses.facts import LossForm
 from xloss.losses.info import LossInfo
 from xloss.losses.model import PerToken
 from xloss.metrics import Metric
@@ -36,9 +37,21 @@ class MTPLossConfig(CELossConfig):
             ``low_var_kl``.
     """
 
+    forms: ClassVar[tuple[LossForm, ...]] = (
+        LossForm(
+            "mtp",
+            "cross_entropy (or KL) of the label mtp_depth tokens further ahead",
+            "DeepSeek-V3, arXiv 2412.19437; XTuner, Megatron-LM, torchtitan",
+            "Multi-token prediction: labels rolled inside each sequence.",
+        ),
+    )
+
     mtp_depth: int = Field(default=1, ge=1)
     detach_mtp_lm_head_weight: bool = False
     kl_loss_type: KLType | None = None
+
+    def form(self) -> str:
+        return "mtp"
 
     @model_validator(mode="after")
     def _kl_alone(self) -> Self:

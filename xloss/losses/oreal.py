@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from xloss.losses.facts import LossForm
 from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext
 from xloss.losses.grpo_kwargs import GRPOLossKwargs
 from xloss.losses.policy_tokens import positive_tokens, token_shares
@@ -23,6 +24,16 @@ class OrealLossConfig(GRPOLossConfig):
         pos_policy_loss_weight: ``p``.
         negative_loss_factor: ``f-``.
     """
+
+    forms: ClassVar[tuple[LossForm, ...]] = (
+        LossForm(
+            "oreal",
+            "f+ (p policy - s lp) / N+ where A > 0, f- policy / N- elsewhere",
+            "OREAL, arXiv 2502.06781; XTuner",
+            "Likelihood on good answers beside a policy loss whose signs are weighed apart.",
+            {"policy_loss_cfg": {"loss_type": "vanilla", "cliprange_low": 0.2, "cliprange_high": 0.2}},
+        ),
+    )
 
     positive_loss_factor: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     pos_sft_loss_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)

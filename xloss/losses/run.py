@@ -97,7 +97,7 @@ class _Run:
 
     @property
     def plan(self) -> Plan:
-        return plan_call(self.inputs, self.rows, self.kind, self.mode, self.run_options, self.reasons)
+        return plan_call(self.inputs, self.options, self.rows, self.kind, self.mode, self.run_options, self.reasons)
 
     def live_kwargs(self) -> BaseLossKwargs:
         """Kwargs of live rows, in live order, for token-local losses."""
@@ -290,17 +290,9 @@ def explain(
     if not ctx.has_own_loss_fn:
         return _Run(ctx, hidden, weight, bias, ctx.loss_kwargs, None, teacher).plan
     cfg, kwargs = ctx.loss_cfg, ctx.loss_kwargs
-    inputs = gather_inputs(
-        hidden,
-        weight,
-        bias,
-        kwargs.shifted_labels,
-        1.0,
-        cfg.head_options(StatSpec()),
-        cfg.run_options(),
-        "shifted_labels",
-    )
+    options, run_options = cfg.head_options(StatSpec()), cfg.run_options()
+    inputs = gather_inputs(hidden, weight, bias, kwargs.shifted_labels, 1.0, options, run_options, "shifted_labels")
     eager_mode = cfg.mode == "eager"
     kind: PlanKind = "eager" if eager_mode else "chunked-autograd"
     reasons = ("a custom loss_fn is differentiated by autograd",)
-    return plan_call(inputs, LiveRows.all(inputs.hidden.shape[0]), kind, cfg.mode, cfg.run_options(), reasons)
+    return plan_call(inputs, options, LiveRows.all(inputs.hidden.shape[0]), kind, cfg.mode, run_options, reasons)

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from xloss.errors import ShapeError
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.facts import LossForm
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken
 from xloss.losses.reduced import ReducedLossConfig
 from xloss.losses.reduction import Reduction, reduction_weights
@@ -25,6 +26,10 @@ class SoftCELossConfig(ReducedLossConfig):
     Args:
         loss_reduction: as for all losses; the default is the plain sum, ``w_t = 1`` (Tinker).
     """
+
+    forms: ClassVar[tuple[LossForm, ...]] = (
+        LossForm("soft_cross_entropy", "-sum_k w_k lp_k", "Tinker", "Cross-entropy on K weighted targets a token."),
+    )
 
     loss_reduction: Reduction = "sum"
 

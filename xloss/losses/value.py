@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xloss import shapes
 from xloss.errors import MissingFieldError
+from xloss.losses.facts import LossForm
 from xloss.losses.model import StrictModel
 from xloss.metrics import Metric
 from xloss.policy.value import ValueLossType, value_loss
@@ -25,6 +26,17 @@ class ValueLossConfig(StrictModel):
     """
 
     model_config = ConfigDict(frozen=True)
+
+    forms: ClassVar[tuple[LossForm, ...]] = tuple(
+        LossForm(name, formula, source, summary, {"loss_type": name})
+        for name, formula, source, summary in (
+            ("mse", "x^2 / 2, or its larger value at the clipped v", "PPO, arXiv 1707.06347", "Squared error."),
+            ("mae", "|x|", "-", "Absolute error."),
+            ("huber", "x^2 / 2 to |x| = scale, scale (|x| - scale / 2) beyond", "Huber, 1964", "Squared, then linear."),
+            ("smooth_l1", "huber / scale", "arXiv 1504.08083; torch", "Huber's loss in another scale."),
+            ("cauchy", "scale^2 / 2 log(1 + (x / scale)^2)", "-", "Squared, then logarithmic."),
+        )
+    )
 
     loss_type: ValueLossType = "mse"
     scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)

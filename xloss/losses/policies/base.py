@@ -28,6 +28,12 @@ class PolicyLossConfig(StrictModel):
 
     model_config = ConfigDict(frozen=True)
 
+    formula: ClassVar[str] = ""
+    """Loss of a token in plain text; symbols as in ``docs/losses/policy-token.md``."""
+    source: ClassVar[str] = ""
+    """Paper, or framework where there is none."""
+    example: ClassVar[dict[str, Any]] = {}
+    """Values for fields without a default, to show and to draw the loss with."""
     coupling: ClassVar[Coupling] = "token"
     """``token``: a token's loss depends on its own vectors alone (one-pass plan). ``sequence``: also on its sequence's,
     so bounds of sequences are needed. ``group``: on the sequences of its prompt group, all in one micro-batch.

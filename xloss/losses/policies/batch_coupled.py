@@ -23,6 +23,8 @@ class ClipCovConfig(PolicyLossConfig):
     """PPO clip that also drops a few random tokens of high covariance between advantage and log-prob."""
 
     loss_type: Literal["clip_cov"] = "clip_cov"
+    formula: ClassVar[str] = "PPO's clip; 0 at a few random tokens with clip_cov_lb < cov(A, lp) < clip_cov_ub"
+    source: ClassVar[str] = "Clip-Cov, arXiv 2505.22617; verl"
     cliprange_low: float = Field(default=0.2, ge=0, lt=1)
     cliprange_high: float = Field(default=0.2, ge=0)
     clip_cov_ratio: float = Field(default=0.0002, ge=0, le=1)
@@ -55,6 +57,8 @@ class KLCovConfig(PolicyLossConfig):
     """Unclipped policy gradient with a KL penalty on the tokens of highest covariance."""
 
     loss_type: Literal["kl_cov"] = "kl_cov"
+    formula: ClassVar[str] = "-r A, + ppo_kl_coef |d| at the tokens of highest cov(A, lp)"
+    source: ClassVar[str] = "KL-Cov, arXiv 2505.22617; verl"
     kl_cov_ratio: float = Field(default=0.0002, ge=0, le=1)
     ppo_kl_coef: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     coupling: ClassVar[Coupling] = "batch"
@@ -75,6 +79,10 @@ class M2POConfig(PolicyLossConfig):
     """Policy gradient without the tokens whose squared log-ratio drives its mean over ``m2_threshold``."""
 
     loss_type: Literal["m2po"] = "m2po"
+    formula: ClassVar[str] = (
+        "-r A (or PPO's clip) on the tokens left when the largest d^2 go until their mean < m2_threshold"
+    )
+    source: ClassVar[str] = "M2PO, arXiv 2510.01161; AReaL, Trinity-RFT"
     m2_threshold: float = Field(default=0.04, gt=0, allow_inf_nan=False)
     trust_region_only: bool = True
     moment_of: Literal["current", "old"] = "current"

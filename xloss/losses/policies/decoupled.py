@@ -17,6 +17,11 @@ class DecoupledPPOConfig(PolicyLossConfig):
     """PPO for asynchronous training: ``old_logprobs`` of the proximal, ``rollout_logprobs`` of the behaviour policy."""
 
     loss_type: Literal["decoupled_ppo"] = "decoupled_ppo"
+    formula: ClassVar[str] = (
+        "sg(w) times PPO's clip on r = exp(lp - old), w = exp(old - rollout) masked or truncated to "
+        "[behave_low, behave_high]"
+    )
+    source: ClassVar[str] = "AReaL, arXiv 2505.24298"
     cliprange_low: float = Field(default=0.2, ge=0, lt=1)
     cliprange_high: float = Field(default=0.2, ge=0)
     clip_ratio_c: float | None = Field(default=None, gt=1)

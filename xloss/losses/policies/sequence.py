@@ -30,6 +30,10 @@ class GMPOConfig(PolicyLossConfig):
     folds_is_weights: ClassVar[bool] = True
 
     loss_type: Literal["gmpo"] = "gmpo"
+    formula: ClassVar[str] = (
+        "-mean_i(A) exp(mean_i c), c = min(d, cliprange_high) where A > 0, max(d, -cliprange_low) where A < 0"
+    )
+    source: ClassVar[str] = "GMPO, arXiv 2507.20673"
     cliprange_low: float = Field(default=0.4, ge=0)
     cliprange_high: float = Field(default=0.4, ge=0)
 
@@ -59,6 +63,10 @@ class VESPOConfig(PolicyLossConfig):
     folds_is_weights: ClassVar[bool] = True
 
     loss_type: Literal["vespo"] = "vespo"
+    formula: ClassVar[str] = (
+        "-sg(exp(lambda + k log W - lambda W)) A lp, W = exp(sum_i d), k and lambda by the sign of A"
+    )
+    source: ClassVar[str] = "VESPO, arXiv 2602.10693; TRL"
     k_pos: float = Field(default=2.0, ge=0)
     lambda_pos: float = Field(default=3.0, gt=0)
     k_neg: float = Field(default=3.0, ge=0)
@@ -90,6 +98,10 @@ class REALConfig(PolicyLossConfig):
     needs: ClassVar[tuple[str, ...]] = ("groups",)
 
     loss_type: Literal["real"] = "real"
+    formula: ClassVar[str] = (
+        "log(1 + sum_neg exp(s / tau)) + log(1 + sum_pos exp(-s / tau)), s = mean_i d, over the answers of a prompt"
+    )
+    source: ClassVar[str] = "REAL, arXiv 2602.05630; ms-swift"
     tau: float = Field(default=0.5, gt=0)
 
     def level(self) -> RatioLevel:
@@ -109,6 +121,8 @@ class AStarPOConfig(PolicyLossConfig):
     zero_at_zero_advantage: ClassVar[bool] = False
 
     loss_type: Literal["a_star_po"] = "a_star_po"
+    formula: ClassVar[str] = "(beta sum_i (lp - ref) - A)^2, A = R - V*"
+    source: ClassVar[str] = "A*-PO, arXiv 2505.20686"
     beta: float = Field(default=1e-3, gt=0)
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
@@ -125,6 +139,10 @@ class FIPOConfig(PPOClipConfig):
     coupling: ClassVar[Coupling] = "sequence"
 
     loss_type: Literal["fipo"] = "fipo"
+    formula: ClassVar[str] = (
+        "sg(f_t) times PPO's clip, f_t = clip(exp(sum over s >= t of gamma^(s - t) d_s)), gamma = 2^(-1 / decay_rate)"
+    )
+    source: ClassVar[str] = "FIPO, arXiv 2603.19835; ms-swift"
     default_bounds: ClassVar[dict[str, float]] = offset_bounds(0.2, 0.2)
     ratio_level: Literal["token"] = "token"
     cliprange_low: float | None = Field(default=0.2, ge=0)

@@ -38,6 +38,8 @@ class GSPOConfig(SequenceRatioConfig):
     """GSPO: the ratio of a sequence, the geometric mean over its tokens, with its true gradient."""
 
     loss_type: Literal["gspo"] = "gspo"
+    formula: ClassVar[str] = "PPO's clip on s = exp(mean_i d)"
+    source: ClassVar[str] = "GSPO, arXiv 2507.18071"
     default_bounds: ClassVar[dict[str, float]] = offset_bounds(3e-4, 4e-4)
     ratio_level: Literal["sequence"] = "sequence"
     cliprange_low: float | None = Field(default=3e-4, ge=0)
@@ -49,6 +51,8 @@ class GSPOTokenConfig(SequenceRatioConfig):
     """GSPO-token: the value of GSPO with each token's own gradient; for advantages that differ within a sequence."""
 
     loss_type: Literal["gspo_token"] = "gspo_token"
+    formula: ClassVar[str] = "PPO's clip on s_t = exp(lp - sg(lp) + sg(mean_i d))"
+    source: ClassVar[str] = "GSPO-token, arXiv 2507.18071"
     default_bounds: ClassVar[dict[str, float]] = offset_bounds(3e-4, 4e-4)
     ratio_level: Literal["sequence_token"] = "sequence_token"
     cliprange_low: float | None = Field(default=3e-4, ge=0)
@@ -60,6 +64,8 @@ class SegmentRatioConfig(SequenceRatioConfig):
     """The ratio of a turn: the geometric mean over a run of consecutive valid tokens (ROLL, agentic)."""
 
     loss_type: Literal["segment_ratio"] = "segment_ratio"
+    formula: ClassVar[str] = "PPO's clip on exp(mean of d over the turn)"
+    source: ClassVar[str] = "ROLL"
     default_bounds: ClassVar[dict[str, float]] = offset_bounds(0.2, 0.2)
     ratio_level: Literal["segment"] = "segment"
     cliprange_low: float | None = Field(default=0.2, ge=0)
@@ -71,6 +77,8 @@ class RLOOConfig(SequenceRatioConfig):
     """PPO's clip on the ratio of whole answers, the product over their tokens (RLOO in TRL)."""
 
     loss_type: Literal["rloo"] = "rloo"
+    formula: ClassVar[str] = "PPO's clip on R = exp(sum_i d)"
+    source: ClassVar[str] = "RLOO, arXiv 2402.14740; TRL"
     default_bounds: ClassVar[dict[str, float]] = offset_bounds(0.2, 0.2)
     ratio_level: Literal["sequence_sum"] = "sequence_sum"
     cliprange_low: float | None = Field(default=0.2, ge=0)
@@ -84,6 +92,8 @@ class LUSPOConfig(PPOClipConfig):
     coupling: ClassVar[Coupling] = "sequence"
 
     loss_type: Literal["luspo"] = "luspo"
+    formula: ClassVar[str] = "T_i times PPO's clip on s = exp(mean_i d)"
+    source: ClassVar[str] = "LUSPO, arXiv 2602.05261"
     default_bounds: ClassVar[dict[str, float]] = offset_bounds(2e-3, 2.5e-3)
     ratio_level: RatioLevel = "sequence"
     log_ratio_clamp: float | None = Field(default=None, gt=0)

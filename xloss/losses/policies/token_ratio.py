@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -21,6 +21,11 @@ class VanillaConfig(PolicyLossConfig):
     """PPO / GRPO clip, with XTuner's dual clip and log-ratio clamp. ``clip_ratio_c=None`` is plain PPO."""
 
     loss_type: Literal["vanilla"] = "vanilla"
+    formula: ClassVar[str] = (
+        "max(-r A, -clip(r, 1 - cliprange_low, 1 + cliprange_high) A), at most -clip_ratio_c A where A < 0"
+    )
+    source: ClassVar[str] = "PPO, arXiv 1707.06347; dual clip, 1912.09729; XTuner"
+    example: ClassVar[dict[str, Any]] = {"cliprange_low": 0.2, "cliprange_high": 0.2}
     cliprange_low: float = Field(ge=0, lt=1)
     cliprange_high: float = Field(ge=0)
     clip_ratio_c: float | None = Field(default=3.0, gt=1)
@@ -95,6 +100,8 @@ class PPOConfig(PPOClipConfig):
     """PPO / GRPO clip under the field's most common names and defaults: no dual clip, no two-sided clip."""
 
     loss_type: Literal["ppo"] = "ppo"
+    formula: ClassVar[str] = "max(-min(r, delta) A, -clip(r, low, high) A), at most -dual_clip_c A where A < 0"
+    source: ClassVar[str] = "PPO, arXiv 1707.06347; two ranges: DAPO, 2503.14476"
     default_bounds: ClassVar[dict[str, float]] = offset_bounds(0.2, 0.2)
     cliprange_low: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
     cliprange_high: float | None = Field(default=0.2, ge=0, allow_inf_nan=False)
@@ -120,6 +127,8 @@ class CISPOConfig(ClippedRatioConfig):
     """CISPO: the clipped ratio as a constant weight; one-sided by default."""
 
     loss_type: Literal["cispo"] = "cispo"
+    formula: ClassVar[str] = "-sg(clip(r, low, high)) A lp"
+    source: ClassVar[str] = "MiniMax-M1, arXiv 2506.13585"
     default_bounds: ClassVar[dict[str, float]] = offset_bounds(1.0, 4.0)
     clip_low_threshold: float | None = Field(default=0.0, ge=0, allow_inf_nan=False)
     clip_high_threshold: float | None = Field(default=5.0, gt=0, allow_inf_nan=False)
@@ -144,6 +153,8 @@ class TISConfig(ClippedRatioConfig):
     """Truncated importance sampling as a policy gradient: CISPO between 0 and 1."""
 
     loss_type: Literal["tis"] = "tis"
+    formula: ClassVar[str] = "-sg(clip(r, 0, 1)) A lp"
+    source: ClassVar[str] = "ROLL"
     default_bounds: ClassVar[dict[str, float]] = offset_bounds(1.0, 0.0)
     clip_low_threshold: float | None = Field(default=0.0, ge=0, allow_inf_nan=False)
     clip_high_threshold: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -168,6 +179,8 @@ class ImportanceSamplingConfig(LeveledRatioConfig):
     """Unclipped importance-weighted policy gradient."""
 
     loss_type: Literal["importance_sampling"] = "importance_sampling"
+    formula: ClassVar[str] = "-r A"
+    source: ClassVar[str] = "Tinker"
     log_ratio_clamp: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
@@ -185,6 +198,8 @@ class DROConfig(PolicyLossConfig):
     """Direct reward optimisation: a quadratic pull towards the old policy instead of a clip."""
 
     loss_type: Literal["dro"] = "dro"
+    formula: ClassVar[str] = "-(A lp - beta/2 d^2)"
+    source: ClassVar[str] = "DRO, arXiv 2405.19107; Tinker"
     beta: float = Field(default=0.05, ge=0, allow_inf_nan=False)
     zero_at_zero_advantage: ClassVar[bool] = False
 
@@ -200,6 +215,8 @@ class KimiConfig(PolicyLossConfig):
     """Kimi k1.5's mirror descent, k2 to the old policy: the formula of ``dro`` under its own name and default."""
 
     loss_type: Literal["kimi"] = "kimi"
+    formula: ClassVar[str] = "-A lp + tau/2 d^2"
+    source: ClassVar[str] = "Kimi k1.5, arXiv 2501.12599"
     tau: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     zero_at_zero_advantage: ClassVar[bool] = False
 
@@ -215,6 +232,8 @@ class ReinforceConfig(PolicyLossConfig):
     """Plain policy gradient; the old policy does not enter."""
 
     loss_type: Literal["reinforce"] = "reinforce"
+    formula: ClassVar[str] = "-A lp"
+    source: ClassVar[str] = "Williams, 1992; GPG, arXiv 2504.02546"
 
     def per_token(self, batch: PolicyBatch) -> Tensor:
         return surrogate.reinforce(batch.logprobs, batch.advantages)

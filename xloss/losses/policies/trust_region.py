@@ -64,6 +64,10 @@ class DPPOTVConfig(_MaskedConfig):
     """DPPO by total variation, ``|p - q|`` of the sampled token. ``one_sided=False`` is prime-rl's ``ipo``."""
 
     loss_type: Literal["dppo_tv"] = "dppo_tv"
+    formula: ClassVar[str] = (
+        "-A sg(min(r, ratio_cap)) lp where p - q <= delta_high (A > 0) or p - q >= -delta_low, else 0; + kl_tau d^2"
+    )
+    source: ClassVar[str] = "DPPO, arXiv 2602.04879; verl, SkyRL, prime-rl"
     delta_low: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     delta_high: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     one_sided: bool = True
@@ -84,6 +88,10 @@ class DPPOKLConfig(_MaskedConfig):
     """DPPO by the KL divergence of the sampled token against all others."""
 
     loss_type: Literal["dppo_kl"] = "dppo_kl"
+    formula: ClassVar[str] = (
+        "-A sg(min(r, ratio_cap)) lp where the binary KL(q, p) <= delta or p moved against A, else 0; + kl_tau d^2"
+    )
+    source: ClassVar[str] = "DPPO, arXiv 2602.04879; verl, SkyRL"
     delta_low: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     delta_high: float = Field(default=0.2, ge=0, allow_inf_nan=False)
 
@@ -102,6 +110,8 @@ class RefKLConfig(_MaskedConfig):
     """On-policy distillation as a policy gradient (prime-rl ``ref_kl``): the advantage is ``ref - logprobs``."""
 
     loss_type: Literal["ref_kl"] = "ref_kl"
+    formula: ClassVar[str] = "-sg(ref - lp) r where p - q >= -delta_low, else 0; + kl_tau d^2"
+    source: ClassVar[str] = "prime-rl"
     needs: ClassVar[tuple[str, ...]] = ("ref_logprobs",)
     delta_low: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     ratio_cap: float | None = Field(default=None, gt=0, allow_inf_nan=False)

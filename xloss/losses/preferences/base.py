@@ -61,6 +61,12 @@ class PreferenceTerm(StrictModel):
 
     model_config = ConfigDict(frozen=True)
 
+    formula: ClassVar[str] = ""
+    """Loss of a pair (or a sequence) in plain text; symbols as in ``docs/losses/preference.md``."""
+    source: ClassVar[str] = ""
+    """Paper, or framework where there is none."""
+    example: ClassVar[dict[str, Any]] = {}
+    """Values for fields without a default, to show and to draw the loss with."""
     paired: ClassVar[bool] = True
     """Whether the term compares two sequences, or judges each alone."""
     reads_reference: ClassVar[bool] = True

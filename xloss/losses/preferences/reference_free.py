@@ -22,6 +22,8 @@ class SFTTerm(PreferenceTerm):
     """Negative log-likelihood of chosen sequences: the RPO term, MPO's generation loss."""
 
     loss_type: Literal["sft"] = "sft"
+    formula: ClassVar[str] = "-sum_t lp of chosen sequences"
+    source: ClassVar[str] = "RPO, arXiv 2404.19733; MPO, 2411.10442"
     reads_reference: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = False
 
@@ -53,6 +55,8 @@ class CPOTerm(SmoothedTerm, ReferenceFreeTerm):
     """CPO: the DPO loss without a reference, and likelihood of the chosen."""
 
     loss_type: Literal["cpo"] = "cpo"
+    formula: ClassVar[str] = "-log sigma(beta (S_w - S_l)) + nll_coef NLL_w"
+    source: ClassVar[str] = "CPO, arXiv 2401.08417"
 
     def losses(self, batch: PreferenceBatch) -> Tensor:
         margin = batch.chosen.logprobs - batch.rejected.logprobs
@@ -68,6 +72,8 @@ class SimPOTerm(SmoothedTerm, ReferenceFreeTerm):
     """
 
     loss_type: Literal["simpo"] = "simpo"
+    formula: ClassVar[str] = "-log sigma(beta (mean S_w - mean S_l) - gamma) + nll_coef NLL_w"
+    source: ClassVar[str] = "SimPO, arXiv 2405.14734"
     default_beta: ClassVar[float] = 2.0
     default_average_log_prob: ClassVar[bool] = True
 
@@ -89,6 +95,10 @@ class AlphaPOTerm(SmoothedTerm, ReferenceFreeTerm):
     """
 
     loss_type: Literal["alphapo"] = "alphapo"
+    formula: ClassVar[str] = (
+        "-log sigma(beta (R_w - R_l) - gamma) + nll_coef NLL_w, R = (1 - exp(-alpha mean S)) / alpha"
+    )
+    source: ClassVar[str] = "AlphaPO, arXiv 2501.03884"
     default_beta: ClassVar[float] = 2.0
     default_average_log_prob: ClassVar[bool] = True
 
@@ -106,6 +116,8 @@ class ORPOTerm(ReferenceFreeTerm):
     """ORPO: log odds of means per token, and likelihood of the chosen."""
 
     loss_type: Literal["orpo"] = "orpo"
+    formula: ClassVar[str] = "nll_coef NLL_w - beta log sigma(odds_w - odds_l), odds = mean S - log(1 - exp(mean S))"
+    source: ClassVar[str] = "ORPO, arXiv 2403.07691"
     default_average_log_prob: ClassVar[bool] = True
 
     def losses(self, batch: PreferenceBatch) -> Tensor:

@@ -37,9 +37,13 @@ class UnpairedTerm(PreferenceTerm):
 
 @register_preference_loss
 class KTOTerm(UnpairedTerm):
-    """KTO; needs ``kl``."""
+    """KTO: each sequence against a reference point; needs ``kl``."""
 
     loss_type: Literal["kto"] = "kto"
+    formula: ClassVar[str] = (
+        "desirable_weight (1 - sigma(beta (u - kl))), undesirable_weight (1 - sigma(beta (kl - u)))"
+    )
+    source: ClassVar[str] = "KTO, arXiv 2402.01306"
     needs: ClassVar[tuple[str, ...]] = ("kl",)
 
     def side(self, log_ratios: Tensor, batch: PreferenceBatch, desirable: bool) -> Tensor:
@@ -52,6 +56,8 @@ class APOZeroUnpairedTerm(UnpairedTerm):
     """APO-zero on unpaired sequences: KTO with a reference point of 0."""
 
     loss_type: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
+    formula: ClassVar[str] = "desirable_weight (1 - sigma(beta u)), undesirable_weight sigma(beta u)"
+    source: ClassVar[str] = "APO, arXiv 2408.06266; TRL"
 
     def side(self, log_ratios: Tensor, batch: PreferenceBatch, desirable: bool) -> Tensor:
         return formulas.kto(log_ratios, 0.0, self.scale, desirable)
@@ -62,6 +68,10 @@ class BCOTerm(UnpairedTerm):
     """BCO on unpaired sequences; needs ``reward_shift``."""
 
     loss_type: Literal["bco"] = "bco"
+    formula: ClassVar[str] = (
+        "-desirable_weight log sigma(beta u - shift), -undesirable_weight log sigma(shift - beta u)"
+    )
+    source: ClassVar[str] = "BCO, arXiv 2404.04656; TRL"
     needs: ClassVar[tuple[str, ...]] = ("reward_shift",)
 
     def side(self, log_ratios: Tensor, batch: PreferenceBatch, desirable: bool) -> Tensor:
