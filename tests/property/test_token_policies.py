@@ -99,8 +99,8 @@ def test_anchor(run: dict[str, Any], case: StepCase, name: str) -> None:
     against_old = GRPOLossConfig(policy_loss_cfg={"loss_type": name, "anchor": "old"}, **head_fields(case), **run)
     a, b = run_step(ours, items, case), run_step(against_old, rl_items(case), case)
     assert torch.equal(a.total, b.total) and torch.equal(a.weight, b.weight)
-    for key, metric in a.infos[0].metrics.items():
-        assert torch.equal(metric.result(), b.infos[0].metrics[key].result()), key
+    for key, metric in b.infos[0].metrics.items():
+        assert torch.equal(metric.result(), a.infos[0].metrics[key].result()), key
 
 
 @every_run
