@@ -1,6 +1,7 @@
 """Metrics that add up: each is a device-side value with a declared reducer, so any grouping gives one answer.
 
-Nothing here reads a value back to the host; ``result()`` is a 0-d tensor, and ``float(...)`` of it the caller's choice.
+Nothing here reads a value back to the host but ``finalize_metrics`` over several ranks; ``result()`` is a 0-d tensor,
+and ``float(...)`` of it the caller's choice.
 """
 
 from __future__ import annotations

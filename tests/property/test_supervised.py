@@ -176,6 +176,7 @@ def test_metrics() -> None:
             "num_sequences": torch.ones((), dtype=torch.float64),
         }
         results = finalize_metrics([info.metrics])
+        assert results.pop("num_sequences") == 1
         assert set(results) == set(want)
         for name, value in want.items():
             torch.testing.assert_close(results[name], value)
