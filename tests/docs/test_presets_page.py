@@ -1,4 +1,4 @@
-"""Contract: docs/presets.md lists every preset, in tables that say what the presets say, and options by names that exist.
+"""Contract: docs/presets.md lists every preset, in tables that say what they say, and options by names that exist.
 
 A table after ``<!-- presets: trl -->`` is of that framework's presets (``methods``: of papers), one after
 ``<!-- options -->`` maps a framework's options to fields of ours. ``python -m tests.docs.test_presets_page`` prints the

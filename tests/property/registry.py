@@ -43,7 +43,15 @@ from xloss.policy.weights import Level
 
 Fields = dict[str, Any]
 NUMBERS = (0.3, 0.05, 0.9, 1.3, 2.5, -0.4)
-POLICY_FIELDS = ("temperature", "advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "group_ids", "rewards")
+POLICY_FIELDS = (
+    "temperature",
+    "advantages",
+    "old_logprobs",
+    "ref_logprobs",
+    "rollout_logprobs",
+    "group_ids",
+    "rewards",
+)
 
 
 # -- fields ------------------------------------------------------------------------------------------------------------
@@ -107,7 +115,9 @@ TOGETHER: dict[str, list[Fields]] = {
 
 def example(cls: type[BaseModel]) -> Fields:
     """Values of the fields that a loss cannot do without."""
-    return dict(getattr(cls, "example", {})) or ({"cliprange_low": 0.2, "cliprange_high": 0.2} if cls.__name__ == "VanillaConfig" else {})
+    return dict(getattr(cls, "example", {})) or (
+        {"cliprange_low": 0.2, "cliprange_high": 0.2} if cls.__name__ == "VanillaConfig" else {}
+    )
 
 
 def policy_forms(name: str) -> list[Fields]:

@@ -235,7 +235,9 @@ class World:
             leaves.setdefault("hidden", []).append(hidden)
             given = {n: other[n] for n in case.forward if n in other}
             if "values" in case.forward:
-                given["values"] = self.lay_out("values", batch, layout.packed, dtype, poison, self.live).requires_grad_()
+                given["values"] = self.lay_out(
+                    "values", batch, layout.packed, dtype, poison, self.live
+                ).requires_grad_()
                 leaves.setdefault("values", []).append(given["values"])
             positional.append([hidden, *head.values()])
             keywords.append(given)

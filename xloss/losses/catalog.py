@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 
 from xloss.errors import OptionError
 from xloss.losses import curves
-from xloss.losses.base import BaseLossConfig
 from xloss.losses.ce import CELossConfig
+from xloss.losses.config import BaseLossConfig
 from xloss.losses.curves import Curve
 from xloss.losses.distill import DistillLossConfig
 from xloss.losses.facts import LossForm

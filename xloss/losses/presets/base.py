@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xloss.errors import MissingFieldError, OptionError, unknown_name
-from xloss.losses.base import BaseLossConfig
+from xloss.losses.config import BaseLossConfig
 from xloss.losses.grpo import GRPOLossConfig
 from xloss.losses.policies import find_policy_loss
 from xloss.losses.preference import PreferenceLossConfig
