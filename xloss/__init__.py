@@ -11,6 +11,7 @@ from xloss.losses.distill import (
     DistillLossContextInputItem,
     DistillLossKwargs,
 )
+from xloss.losses.facts import LossForm
 from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext
 from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem
 from xloss.losses.info import LossInfo
@@ -54,6 +55,7 @@ __all__ = [
     "LogProbConfig",
     "LogProbContext",
     "LogProbKwargs",
+    "LossForm",
     "LossInfo",
     "MTPLossConfig",
     "MTPLossContext",

@@ -124,7 +124,7 @@ def test_verl_covariance(entry: Entry) -> None:
 
 WITH_KL = [
     e
-    for e in test_nemo.POLICY
+    for e in test_nemo.CASES
     if e["config"]["loss"]["reference_policy_kl_penalty"] and not e["config"]["loss"].get("use_kl_in_reward")
 ]
 
@@ -153,7 +153,7 @@ def test_nemo_distillation() -> None:
     assert preset("nemo/draft") == DistillLossConfig(divergence="cross_entropy")
 
 
-@pytest.mark.parametrize("entry", [e for e in test_slime.CASES if "anchor" not in str(e["config"])], ids=case_id)
+@pytest.mark.parametrize("entry", test_slime.CASES, ids=case_id)
 def test_slime_policy(entry: Entry) -> None:
     args, config = entry["config"]["args"], test_slime.step_of(entry).config
     low, high = args.get("eps_clip", 0.2), args.get("eps_clip_high", 0.28)

@@ -103,7 +103,7 @@ def test_bad_value_is_status_2(arguments: str, message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "demo", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "info", "losses", "losses show"])
 def test_help_fits_80_columns(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     app.meta.help_print(command.split(), console=Console(width=80))
     printed = capsys.readouterr().out

@@ -86,9 +86,12 @@ def list_all(
     if family is None and framework is None:
         _print_names(console, [preset for preset, _ in named])
     elif named:
-        table = Table("preset", "loss", "what it is", "stands for", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("preset", no_wrap=True)
+        table.add_column("loss")
+        table.add_column("what it is; what it stands for", overflow="fold")
         for preset, entry in named:
-            table.add_row(preset.name, entry.name, preset.summary, preset.source)
+            table.add_row(preset.name, entry.name, f"{preset.summary}; {preset.source}")
         console.print(table)
     console.print("xloss losses show NAME prints one; --plot draws it.")
     return 0
