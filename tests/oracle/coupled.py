@@ -36,7 +36,7 @@ def clip_cov_candidates(lp: Tensor, old: Tensor, adv: Tensor, cfg: dict[str, Any
     low, high = cfg.get("cliprange_low", 0.2), cfg.get("cliprange_high", 0.2)
     out = []
     for i, cov in enumerate(covariances(lp, adv)):
-        r, a = float((lp[i] - old[i]).exp()), float(adv[i])
+        r, a = float((lp[i] - old[i]).detach().exp()), float(adv[i])
         clipped = (a > 0 and r > 1 + high) or (a < 0 and r < 1 - low)
         if not clipped and cfg["clip_cov_lb"] < cov < cfg["clip_cov_ub"]:
             out.append(i)

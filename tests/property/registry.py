@@ -43,15 +43,7 @@ from xloss.policy.weights import Level
 
 Fields = dict[str, Any]
 NUMBERS = (0.3, 0.05, 0.9, 1.3, 2.5, -0.4)
-POLICY_FIELDS = (
-    "temperature",
-    "advantages",
-    "old_logprobs",
-    "ref_logprobs",
-    "rollout_logprobs",
-    "group_ids",
-    "rewards",
-)
+POLICY_FIELDS = ("temperature", "advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "group_ids", "rewards")
 
 
 # -- fields ------------------------------------------------------------------------------------------------------------
@@ -115,9 +107,7 @@ TOGETHER: dict[str, list[Fields]] = {
 
 def example(cls: type[BaseModel]) -> Fields:
     """Values of the fields that a loss cannot do without."""
-    return dict(getattr(cls, "example", {})) or (
-        {"cliprange_low": 0.2, "cliprange_high": 0.2} if cls.__name__ == "VanillaConfig" else {}
-    )
+    return {n: 0.2 for n, info in cls.model_fields.items() if info.is_required() and n != "loss_type"}
 
 
 def policy_forms(name: str) -> list[Fields]:
@@ -212,8 +202,11 @@ def step_forms() -> dict[str, Case]:
     cases["everything-gspo"] = policy({"loss_type": "gspo"}, **EVERYTHING)
     cases["everything-on-policy"] = policy(VANILLA, ("advantages", "ref_logprobs", "rollout_logprobs"), **EVERYTHING)
     cases["on-policy"] = policy(VANILLA, ("advantages",))
-    oreal = partial(OrealLossConfig, policy_loss_cfg=VANILLA, positive_loss_factor=0.7, negative_loss_factor=1.2)
-    cases["oreal"] = Case(oreal, RLLossContextInputItem, POLICY_FIELDS)
+    base = {"policy_loss_cfg": VANILLA}
+    names = own_fields(OrealLossConfig, GRPOLossConfig)
+    for fields in (base, *moved(OrealLossConfig, base, OrealLossConfig, names)):
+        title = name_of({n: v for n, v in fields.items() if n not in base})
+        cases[f"oreal-{title}"] = Case(partial(OrealLossConfig, **fields), RLLossContextInputItem, POLICY_FIELDS)
     return cases
 
 
@@ -340,7 +333,7 @@ PLAIN: dict[str, Case] = {
     "logprob": Case(LogProbConfig, BaseLossContextInputItem, ("temperature",)),
     **{f"distill-{k}": distilled("head", {"divergence": k}) for k in get_args(DivergenceKind)},
     "distill-topk": distilled("topk", {"topk_mode": "tail"}),
-    **{f"step-{n}": step_forms()[n] for n in ("oreal", "everything", "everything-gspo", "value-mse")},
+    **{f"step-{n}": step_forms()[n] for n in ("oreal-default", "everything", "everything-gspo", "value-mse")},
     "step-full-kl": kl_forms()["full"],
 }
 """One case of every loss."""

@@ -83,9 +83,10 @@ class RolloutCorrection(StrictModel):
             _ordered(low, getattr(self, low), high, getattr(self, high))
         _ordered("mask_low", self.mask_bounds[0], "mask_high", self.mask_bounds[1])
         if self.level is None:
-            of_weights = {"action", "low", "high", "mask_low", "mask_high", "batch_normalize"} & self.model_fields_set
+            names = ("action", "low", "high", "mask_low", "mask_high", "batch_normalize")
+            of_weights = [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
             if of_weights:
-                raise ValueError(f"level=None has no weights, but {sorted(of_weights)} are about weights")
+                raise ValueError(f"level=None has no weights, but {of_weights} are about weights")
             if not (self.reject or self.vetoes):
                 raise ValueError("level=None without reject, veto_low or veto_high corrects nothing; leave it out")
         if self.action == "truncate" and (self.mask_low is not None or self.mask_high is not None):
