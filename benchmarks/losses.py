@@ -17,6 +17,11 @@ CISPO_HIGH = 1.28
 DRO_BETA = 0.05
 KL_COEF = 0.1
 ENTROPY_COEF = 0.01
+PPO_DELTA = 1.35
+SAPO_TAU = {"tau_pos": 1.0, "tau_neg": 1.05}
+DPPO_DELTA = 0.99  # so far off that rounding flips no token; what it costs does not depend on it
+KIMI_TAU = 0.1
+FOCAL_GAMMA = 2.0
 
 
 @dataclass(frozen=True)
@@ -87,19 +92,76 @@ def _gspo(lp: Tensor, entropy: Tensor | None, t: Tokens) -> Tensor:
     return (_clipped(ratio, t.advantages) * t.weight).sum()
 
 
+def _weighted(per_token: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Formula:
+    """The weighted sum of a loss of ``(lp, old, advantages)``."""
+
+    def formula(lp: Tensor, entropy: Tensor | None, t: Tokens) -> Tensor:
+        return (per_token(lp, t.old, t.advantages) * t.weight).sum()
+
+    return formula
+
+
+def _dft(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    return -lp.detach().exp() * lp
+
+
+def _focal(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    return -((1 - lp.exp()) ** FOCAL_GAMMA) * lp
+
+
+def _importance_sampling(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    return -(lp - old).exp() * a
+
+
+def _ppo_delta(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    ratio = (lp - old).exp()
+    return torch.maximum(-ratio.clamp(max=PPO_DELTA) * a, -ratio.clamp(1 - CLIP, 1 + CLIP) * a)
+
+
+def _sapo(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    tau = torch.where(a > 0, SAPO_TAU["tau_pos"], SAPO_TAU["tau_neg"])
+    return -4 / tau * torch.sigmoid(tau * ((lp - old).exp() - 1)) * a
+
+
+def _dppo_tv(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    moved = lp.detach().exp() - old.exp()
+    keep = torch.where(a > 0, moved <= DPPO_DELTA, moved >= -DPPO_DELTA)
+    return -(lp.detach() - old).exp() * a * keep * lp
+
+
+def _kimi(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    return -a * lp + 0.5 * KIMI_TAU * (lp - old).square()
+
+
+def _topr(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    return -torch.where(a > 0, 1.0, (lp.detach() - old).exp().clamp(max=1)) * a * lp
+
+
+def _softplus(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    return -torch.nn.functional.softplus(lp - old) * a
+
+
+def _tanh(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    return -torch.tanh(lp - old) * a
+
+
 def _no_loss(lp: Tensor, entropy: Tensor | None, t: Tokens) -> Tensor:
     raise AssertionError("a forward-only case has no loss")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss. ``coupled``: tokens enter each other's loss. ``forward_only``: log-probs and entropy, no gradient."""
+    """One loss. ``coupled``: tokens enter each other's loss. ``forward_only``: log-probs and entropy, no gradient.
+
+    ``standard``: it is in a run that names no losses.
+    """
 
     title: str
     formula: Formula
     entropy: bool = False
     coupled: bool = False
     forward_only: bool = False
+    standard: bool = True
 
     def __call__(self, lp: Tensor, entropy: Tensor | None, tokens: Tokens) -> Tensor:
         """The loss, 0-d. Log-probs at ignored labels may be anything finite or not: they are not read."""
@@ -114,4 +176,20 @@ LOSSES: dict[str, Loss] = {
     "grpo-kl-entropy": Loss("GRPO + KL + entropy", _grpo_kl_entropy, entropy=True),
     "gspo": Loss("GSPO-like (sequence ratio)", _gspo, coupled=True),
     "logprob": Loss("log-prob + entropy, forward only", _no_loss, entropy=True, forward_only=True),
+    **{
+        name: Loss(title, _weighted(per_token), standard=False)
+        for name, title, per_token in (
+            ("dft", "DFT", _dft),
+            ("focal", "focal loss", _focal),
+            ("importance_sampling", "importance sampling", _importance_sampling),
+            ("ppo-delta", "PPO with a bound on the ratio", _ppo_delta),
+            ("sapo", "SAPO", _sapo),
+            ("dppo_tv", "DPPO (total variation)", _dppo_tv),
+            ("kimi", "Kimi's policy loss", _kimi),
+            ("topr", "TOPR", _topr),
+            ("own-policy", "a policy loss registered by a user", _softplus),
+            ("own-token-loss", "a user's token_loss", _tanh),
+        )
+    },
 }
+STANDARD = tuple(name for name, loss in LOSSES.items() if loss.standard)

@@ -39,7 +39,7 @@ class RunOptions:
     providers: Annotated[tuple[ProviderName, ...], _many] = ()
     """Only these providers, also those that do not run by themselves, and the bare GEMMs."""
     shapes: Annotated[tuple[str, ...], _many] = ()
-    """These shapes instead, TxHxV, each with every loss."""
+    """These shapes instead, TxHxV, each with every loss that is named, or else the standard ones."""
     dtype: DtypeName | None = None
     """dtype of hidden states and head."""
     rounds: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None

@@ -24,12 +24,14 @@ Every figure here was measured by `python -m benchmarks` and is taken from a fil
 - **Peak** is memory above the inputs at the worst moment of a step; gradients count.
 - **Error** is `max |got - want| / max |want|` of the gradients (nats for forward-only log-probs) against float64 by
   plain autograd. Every provider passes such a gate before it is timed; one that does not is **red** and has no ratio.
-- A provider that is not installed, needs another device or has no such loss is **absent**, with the reason.
+- A provider that is not installed, needs another device or has no such loss is **absent**, with the reason. The extra
+  `peers` installs Liger; cut-cross-entropy, QuACK and TRL are measured where they are installed.
 
 ```sh
 python -m benchmarks            # the standard set of this device; the result goes to benchmarks/results/. It stays
                                 # within --minutes: 8 on CUDA if not said, slow peers get fewer rounds or none
-python -m benchmarks --quick    # small shapes; --losses, --providers, --shapes and --dtype choose what is measured
+python -m benchmarks --quick    # small shapes; --losses, --providers, --shapes and --dtype choose what is measured,
+                                # also losses that the standard set leaves out (--help names all)
 python -m benchmarks largest    # the longest batch that fits: --shape, --limit-gib
 python -m benchmarks report     # this page
 ```

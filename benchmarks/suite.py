@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.accuracy import GATE_SHAPE, TABLE_SHAPE
 from benchmarks.cases import Case, Shape
-from benchmarks.losses import LOSSES
+from benchmarks.losses import STANDARD
 from benchmarks.providers import PROVIDERS
 
 MIB = 1 << 20
@@ -92,7 +92,7 @@ def _on_cpu(quick: bool) -> Suite:
     """GRPO against everything, with its variants; every other loss, at half the tokens, against eager."""
     main = Shape(512, 64, 4096) if quick else Shape(2048, 512, 32000)
     half = replace(main, num_tokens=main.num_tokens // 2)
-    others = tuple(name for name in LOSSES if name != "grpo")
+    others = tuple(name for name in STANDARD if name != "grpo")
     own = tuple(name for name in CORE if "two-pass" not in name)
     extra = (
         ("ce", ("torch-lce",)),
@@ -112,13 +112,13 @@ def _on_cpu(quick: bool) -> Suite:
 def _on_cuda(quick: bool) -> Suite:
     if quick:
         shape = Shape(2048, 2048, 32768)
-        return Suite((Group(shape, "bfloat16", tuple(LOSSES), ALL, rounds=15),), GATE_SHAPE["cuda"], None, None)
+        return Suite((Group(shape, "bfloat16", STANDARD, ALL, rounds=15),), GATE_SHAPE["cuda"], None, None)
     # heads of models: Llama 3 (also at the published T), Qwen 2.5 / 3, Qwen 3 small, Qwen 3.5, Gemma 2
     main, some = Shape(8192, 4096, 128256), ("ce", "grpo", "logprob")
     most = tuple(name for name in ALL if name != "compile")  # compiling takes longer than all else together
     compiled = tuple((loss, ("compile",)) for loss in some)
     groups = (
-        Group(main, "bfloat16", tuple(LOSSES), most, extra=compiled, variants=("grpo",), rounds=15),
+        Group(main, "bfloat16", STANDARD, most, extra=compiled, variants=("grpo",), rounds=15),
         Group(Shape(4096, 4096, 128256), "bfloat16", ("ce",), ALL, rounds=15),
         Group(Shape(8192, 4096, 151936), "bfloat16", some, most, rounds=9),
         Group(Shape(16384, 2048, 151936), "bfloat16", some, most, rounds=9),
@@ -146,16 +146,21 @@ def chosen(
     dtype: str | None = None,
     rounds: int | None = None,
 ) -> Suite:
-    """The suite as the command line wants it: only these losses and providers, these shapes (with every loss) instead.
+    """The suite as the command line wants it: only these losses and providers, these shapes instead.
 
+    Shapes that are named have every loss that is named, or else the standard ones. A loss that is not standard is
+    measured at the first shape.
     ``providers`` that a group does not have by itself are added to it; the bare GEMMs are always there, as the unit.
     """
     groups = suite.groups
     if shapes:
         first = groups[0]
         groups = tuple(
-            Group(s, first.dtype, tuple(LOSSES), ALL, variants=first.variants, rounds=first.rounds) for s in shapes
+            Group(s, first.dtype, tuple(losses) or STANDARD, ALL, variants=first.variants, rounds=first.rounds)
+            for s in shapes
         )
+    elif others := tuple(name for name in losses if name not in STANDARD):
+        groups = (replace(groups[0], losses=(*groups[0].losses, *others)), *groups[1:])
     found = []
     for group in groups:
         wanted = tuple(name for name in group.losses if not losses or name in losses)

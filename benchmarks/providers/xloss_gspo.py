@@ -37,10 +37,9 @@ class SequenceRatioKwargs(BaseLossKwargs):
     loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
 
 
-class SequenceRatioContext(BaseLossContext[SequenceRatioItem]):
-    """The loss on the whole ``[T]`` vectors."""
+class TokenMeanContext(BaseLossContext[SequenceRatioItem]):
+    """Weights of a mean over the tokens that count."""
 
-    loss_cfg: SequenceRatioConfig
     loss_kwargs: SequenceRatioKwargs
 
     @classmethod
@@ -55,6 +54,12 @@ class SequenceRatioContext(BaseLossContext[SequenceRatioItem]):
         for kwargs, bounds in zip(kwargs_list, cu_seq_lens_list, strict=True):
             valid = (kwargs.shifted_labels != loss_cfg.ignore_idx).float()
             kwargs.loss_weight, kwargs.cu_seq_lens = valid / valid.sum(), bounds
+
+
+class SequenceRatioContext(TokenMeanContext):
+    """The loss on the whole ``[T]`` vectors."""
+
+    loss_cfg: SequenceRatioConfig
 
     def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> Tensor:
         kw, clip = loss_kwargs, self.loss_cfg.clip

@@ -10,9 +10,21 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Batch, Case
-from benchmarks.losses import CISPO_HIGH, CLIP, DRO_BETA, ENTROPY_COEF, KL_COEF
+from benchmarks.losses import (
+    CISPO_HIGH,
+    CLIP,
+    DPPO_DELTA,
+    DRO_BETA,
+    ENTROPY_COEF,
+    FOCAL_GAMMA,
+    KIMI_TAU,
+    KL_COEF,
+    PPO_DELTA,
+    SAPO_TAU,
+)
 from benchmarks.providers.base import Prepared, Provider, Result, backward, leaves
 from benchmarks.providers.xloss_gspo import SequenceRatioConfig, SequenceRatioItem
+from benchmarks.providers.xloss_own import TanhRatioConfig
 from xloss import (
     BaseLossConfig,
     BaseLossContext,
@@ -27,11 +39,23 @@ from xloss import (
 )
 
 _PPO = {"loss_type": "vanilla", "cliprange_low": CLIP, "cliprange_high": CLIP}
+_POLICIES: dict[str, dict[str, Any]] = {
+    "grpo": _PPO,
+    "cispo": {"loss_type": "cispo", "clip_high_threshold": CISPO_HIGH},
+    "dro": {"loss_type": "dro", "beta": DRO_BETA},
+    "importance_sampling": {"loss_type": "importance_sampling"},
+    "ppo-delta": {"loss_type": "ppo", "cliprange_low": CLIP, "cliprange_high": CLIP, "delta": PPO_DELTA},
+    "sapo": {"loss_type": "sapo", **SAPO_TAU},
+    "dppo_tv": {"loss_type": "dppo_tv", "delta_low": DPPO_DELTA, "delta_high": DPPO_DELTA},
+    "kimi": {"loss_type": "kimi", "tau": KIMI_TAU},
+    "topr": {"loss_type": "topr"},
+    "own-policy": {"loss_type": "benchmark_softplus"},
+}
 _CONFIGS: dict[str, tuple[type[BaseLossConfig], dict[str, Any]]] = {
     "ce": (CELossConfig, {}),
-    "grpo": (GRPOLossConfig, {"policy_loss_cfg": _PPO}),
-    "cispo": (GRPOLossConfig, {"policy_loss_cfg": {"loss_type": "cispo", "clip_high_threshold": CISPO_HIGH}}),
-    "dro": (GRPOLossConfig, {"policy_loss_cfg": {"loss_type": "dro", "beta": DRO_BETA}}),
+    "dft": (CELossConfig, {"token_scaling": "dft"}),
+    "focal": (CELossConfig, {"focal_gamma": FOCAL_GAMMA}),
+    **{name: (GRPOLossConfig, {"policy_loss_cfg": policy}) for name, policy in _POLICIES.items()},
     "grpo-kl-entropy": (
         GRPOLossConfig,
         {
@@ -43,6 +67,7 @@ _CONFIGS: dict[str, tuple[type[BaseLossConfig], dict[str, Any]]] = {
         },
     ),
     "gspo": (SequenceRatioConfig, {"clip": CLIP}),
+    "own-token-loss": (TanhRatioConfig, {}),
     "logprob": (LogProbConfig, {"return_entropy": True}),
 }
 _TINY = 8  # tokens of the call that asks the engine whether a mode can run
@@ -62,11 +87,11 @@ def context(case: Case, batch: Batch, **settings: Any) -> BaseLossContext[Any]:
 
 def _item(case: Case, batch: Batch) -> BaseLossContextInputItem:
     t = batch.tokens
-    if case.loss_name == "ce":
+    if _CONFIGS[case.loss_name][0] is CELossConfig:
         return CELossContextInputItem(shifted_labels=t.labels)
     if case.loss_name == "logprob":
         return BaseLossContextInputItem(shifted_labels=t.labels)
-    if case.loss_name == "gspo":
+    if case.loss_name in ("gspo", "own-token-loss"):
         return SequenceRatioItem(shifted_labels=t.labels, advantages=t.advantages, old_logprobs=t.old)
     return RLLossContextInputItem(
         shifted_labels=t.labels, advantages=t.advantages, old_logprobs=t.old, ref_logprobs=t.ref

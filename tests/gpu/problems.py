@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -146,31 +146,52 @@ class SequenceContext(_OwnContext):
 
 @dataclass(frozen=True)
 class LossCase:
-    """A config without its run options, and the oracle's summands from float64 statistics."""
+    """A config without its run options, and the oracle's summands from float64 statistics.
+
+    `item`: what the context is given. `local`: tokens stand alone. `bounds`: of packed sequences. `labels`: those of
+    the statistics, where they are not the batch's.
+    """
 
     make: Callable[..., BaseLossConfig]
     terms: Callable[[head.Stats, Inputs], Tensor]
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any]
+    item: Callable[[Inputs], BaseLossContextInputItem]
+    local: bool = True
+    bounds: Callable[[Inputs], list[int]] | None = None
+    labels: Callable[[Inputs], Tensor] | None = None
 
-    @property
-    def local(self) -> bool:
-        return self.make is not SequenceConfig
 
-
-def _ce(**options: float) -> LossCase:
+def ce_case(**options: Any) -> LossCase:
     def terms(stats: head.Stats, given: Inputs) -> Tensor:
         return ce.step_weights([given.batch.labels])[0] * ce.token_loss(stats, **options)
 
-    return LossCase(CELossConfig, terms, dict(options))
+    return LossCase(CELossConfig, terms, dict(options), _ce_item)
 
 
-def _policy(policy: dict[str, Any], kl: str | None = None, entropy: float = 0.0) -> LossCase:
+def policy_case(policy: dict[str, Any], kl: str | None = None, entropy: float = 0.0) -> LossCase:
     def terms(stats: head.Stats, given: Inputs) -> Tensor:
         objective = grpo.Objective(policy, 0.3 if kl else 0.0, kl, entropy, given.head)
         return grpo.token_loss(stats, given.batch, objective, grpo.step_weights([given.batch], objective)[0])
 
     fields = {"use_kl_loss": kl is not None, "kl_loss_type": kl, "kl_loss_coef": 0.3, "entropy_coef": entropy}
-    return LossCase(GRPOLossConfig, terms, {"policy_loss_cfg": policy, **fields})
+    return LossCase(GRPOLossConfig, terms, {"policy_loss_cfg": policy, **fields}, rl_item)
+
+
+def _ce_item(given: Inputs) -> CELossContextInputItem:
+    return CELossContextInputItem(shifted_labels=on_device(given.batch.labels))
+
+
+def rl_item(given: Inputs) -> RLLossContextInputItem:
+    b = given.batch
+    assert b.old is not None and b.ref is not None
+    labels, advantages, old, ref = (on_device(x) for x in (b.labels, b.advantages, b.old, b.ref))
+    return RLLossContextInputItem(shifted_labels=labels, advantages=advantages, old_logprobs=old, ref_logprobs=ref)
+
+
+def _own_item(given: Inputs) -> OwnItem:
+    known = rl_item(given)
+    assert known.old_logprobs is not None
+    return OwnItem(shifted_labels=known.shifted_labels, advantages=known.advantages, old_logprobs=known.old_logprobs)
 
 
 def _focal_terms(stats: head.Stats, given: Inputs) -> Tensor:
@@ -191,15 +212,17 @@ def _sequence_terms(stats: head.Stats, given: Inputs) -> Tensor:
 
 
 LOSSES: dict[str, LossCase] = {
-    "ce": _ce(),
-    "ce-smooth-z": _ce(label_smoothing=0.1, z_loss_coef=0.01),
-    "vanilla": _policy(VANILLA),
-    "vanilla-k3-entropy": _policy(VANILLA, "k3", 0.1),
-    "cispo": _policy({"loss_type": "cispo", "clip_low_threshold": 0.5, "clip_high_threshold": 1.5}),
-    "dro": _policy({"loss_type": "dro", "beta": 0.3}),
-    "importance_sampling": _policy({"loss_type": "importance_sampling"}),
-    "own-token-loss": LossCase(FocalConfig, _focal_terms),
-    "own-sequence-loss": LossCase(SequenceConfig, _sequence_terms, {"sequences": SMALL.sequences}),
+    "ce": ce_case(),
+    "ce-smooth-z": ce_case(label_smoothing=0.1, z_loss_coef=0.01),
+    "vanilla": policy_case(VANILLA),
+    "vanilla-k3-entropy": policy_case(VANILLA, "k3", 0.1),
+    "cispo": policy_case({"loss_type": "cispo", "clip_low_threshold": 0.5, "clip_high_threshold": 1.5}),
+    "dro": policy_case({"loss_type": "dro", "beta": 0.3}),
+    "importance_sampling": policy_case({"loss_type": "importance_sampling"}),
+    "own-token-loss": LossCase(FocalConfig, _focal_terms, {}, _own_item),
+    "own-sequence-loss": LossCase(
+        SequenceConfig, _sequence_terms, {"sequences": SMALL.sequences}, _own_item, local=False
+    ),
 }
 
 
@@ -217,23 +240,13 @@ class Outcome:
     info: LossInfo | None = None
 
 
-def item_of(case: LossCase, given: Inputs) -> BaseLossContextInputItem:
-    b = given.batch
-    assert b.old is not None and b.ref is not None
-    labels, advantages, old, ref = (on_device(x) for x in (b.labels, b.advantages, b.old, b.ref))
-    if case.make is CELossConfig:
-        return CELossContextInputItem(shifted_labels=labels)
-    if case.make is GRPOLossConfig:
-        return RLLossContextInputItem(shifted_labels=labels, advantages=advantages, old_logprobs=old, ref_logprobs=ref)
-    return OwnItem(shifted_labels=labels, advantages=advantages, old_logprobs=old)
-
-
 def context_of(case: LossCase, given: Inputs, **run: Any) -> BaseLossContext[Any]:
     """The calibrated context of the micro-batch on the lane's device."""
     options = {"temperature": given.head.temperature, "softcap": given.head.softcap}
     cfg = case.make(**case.fields, **options, logit_scale=given.head.logit_scale, **run)
     cls = cfg.loss_ctx_cls
-    return cls(cfg, cls.build_batches_loss_kwargs([item_of(case, given)], cfg)[0])
+    bounds = None if case.bounds is None else [on_device(torch.tensor(case.bounds(given), dtype=torch.int32))]
+    return cls(cfg, cls.build_batches_loss_kwargs([case.item(given)], cfg, bounds)[0])
 
 
 def leaves_of(given: Inputs) -> list[Tensor]:
@@ -254,7 +267,8 @@ def run_case(case: LossCase, given: Inputs, upstream: float = 1.7, **run: Any) -
 def gold_case(case: LossCase, given: Inputs, upstream: float = 1.7) -> Outcome:
     """The oracle, in float64 on the CPU."""
     leaves = head.leaves(given.hidden, given.weight, given.bias)
-    stats = head.token_stats(leaves[0], leaves[1], given.batch.labels, leaves[2], given.head)
+    labels = given.batch.labels if case.labels is None else case.labels(given)
+    stats = head.token_stats(leaves[0], leaves[1], labels, leaves[2], given.head)
     terms = case.terms(stats, given)
     grads = [g for g in head.grads(terms.sum() * upstream, leaves) if g is not None]
     return Outcome(terms.sum().detach(), stats.logprobs.detach(), grads, terms.detach())

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests import budgets
+from tests.gpu.families import ALL_LOSSES
 from tests.gpu.lane import INTERPRETED, MODES, SMALL, Shape, each_dtype, each_mode, on_device
 from tests.gpu.problems import (
     LOSSES,
@@ -55,7 +56,7 @@ MODE_RUNS = [
 def references(loss: str, head_name: str, dtype: torch.dtype) -> tuple[Inputs, Outcome, Outcome]:
     """Inputs, the oracle's result and eager's on the device; the same for every mode and plan."""
     given = make_inputs(dtype, **HEADS[head_name])
-    return given, gold_case(LOSSES[loss], given), run_case(LOSSES[loss], given, mode="eager")
+    return given, gold_case(ALL_LOSSES[loss], given), run_case(ALL_LOSSES[loss], given, mode="eager")
 
 
 def assert_outcome(ours: Outcome, base: Outcome, gold: Outcome, dtype: torch.dtype) -> None:
@@ -70,9 +71,9 @@ def assert_outcome(ours: Outcome, base: Outcome, gold: Outcome, dtype: torch.dty
 @each_dtype
 @pytest.mark.parametrize("mode,run", MODE_RUNS)
 @pytest.mark.parametrize("head_name", HEADS)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ALL_LOSSES)
 def test_losses(loss: str, head_name: str, run: dict[str, Any], mode: str, dtype: torch.dtype) -> None:
-    case = LOSSES[loss]
+    case = ALL_LOSSES[loss]
     if not case.local and run.get("plan") == "one_pass":
         run = {**run, "plan": "auto"}  # couples tokens: takes two passes by itself
     given, gold, base = references(loss, head_name, dtype)

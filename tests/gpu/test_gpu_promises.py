@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests import budgets
+from tests.gpu.families import ALL_LOSSES
 from tests.gpu.lane import (
     DEVICE,
     DTYPES,
@@ -36,10 +37,10 @@ PLANS = {
     "two-pass-recompute": {"plan": "two_pass", "chunk_size": 16, "logits_budget": 1},
     "no-logits": {"plan": "auto", "chunk_size": 16, "logits_budget": 0},
 }
-LOSS_NAMES = list(LOSSES)
+LOSS_NAMES = list(ALL_LOSSES)
 if INTERPRETED:  # the harder half, to be quick
     PLANS = {name: run for name, run in PLANS.items() if name != "two-pass"}
-    LOSS_NAMES = ["vanilla-k3-entropy", "own-sequence-loss"]
+    LOSS_NAMES = ["vanilla-k3-entropy", "own-sequence-loss", "dpo"]
 each_run = pytest.mark.parametrize(
     "mode,run",
     [
@@ -71,7 +72,7 @@ def grads_of(context: Any, leaves: list[Tensor], upstream: Tensor) -> list[Tenso
 @each_loss
 def test_a_step_waits_for_nothing(loss: str, run: dict[str, Any], mode: str) -> None:
     """Forward and backward of a batch that was built before; the first step compiles kernels, the second is watched."""
-    case, given = LOSSES[loss], make_inputs(DTYPES[1], bias=True)
+    case, given = ALL_LOSSES[loss], make_inputs(DTYPES[1], bias=True)
     context, leaves = context_of(case, given, mode=mode, **fit(case, run)), leaves_of(given)
     upstream = torch.tensor(1.7, device=DEVICE)
     grads_of(context, leaves, upstream)
@@ -99,7 +100,7 @@ def test_logprobs_wait_for_nothing(mode: str) -> None:
 @each_run
 @each_loss
 def test_the_same_bits_every_time(loss: str, run: dict[str, Any], mode: str, dtype: torch.dtype) -> None:
-    case, given = LOSSES[loss], make_inputs(dtype)
+    case, given = ALL_LOSSES[loss], make_inputs(dtype)
     upstream = torch.tensor(1.7, device=DEVICE)
     runs = [
         grads_of(context_of(case, given, mode=mode, **fit(case, run)), leaves_of(given), upstream)

@@ -14,7 +14,7 @@ from benchmarks import largest, plots, tables
 from benchmarks.__main__ import app
 from benchmarks.cases import Case, Shape
 from benchmarks.environment import describe, slug
-from benchmarks.losses import LOSSES
+from benchmarks.losses import STANDARD
 from benchmarks.memory import Job, Peak
 from benchmarks.options import RunOptions
 from benchmarks.report import generate
@@ -172,7 +172,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_standard_sets_are_complete() -> None:
     cpu, cuda = standard("cpu", quick=False), standard("cuda", quick=False)
-    assert {loss for g in cpu.groups for loss in g.losses} == set(LOSSES)
+    assert {loss for g in cpu.groups for loss in g.losses} == set(STANDARD)
     assert cpu.groups[0].shape == Shape(2048, 512, 32000) and cpu.memory is not None
     assert cpu.memory[0] == Shape(4096, 256, 65536)
     assert {str(g.shape) for g in cuda.groups} >= {"8192x4096x128256", "32768x4096x151936", "8192x2304x256000"}
@@ -183,3 +183,11 @@ def test_standard_sets_are_complete() -> None:
     assert variants == {"", "30% ignored", "50% ignored", "70% ignored", "50% advantage 0", "frozen head"}
     assert chosen(cpu, losses=["ce"]).groups[0].shape == Shape(1024, 512, 32000)
     assert slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_losses_beside_the_standard_ones_are_measured_when_named() -> None:
+    cpu, shape = standard("cpu", quick=False), Shape(64, 8, 32)
+    assert [g.losses for g in chosen(cpu, losses=["sapo"]).groups] == [("sapo",)]
+    assert chosen(cpu, losses=["sapo"]).groups[0].shape == Shape(2048, 512, 32000)
+    assert [g.losses for g in chosen(cpu, losses=["ce", "sapo"], shapes=[shape]).groups] == [("ce", "sapo")]
+    assert [g.losses for g in chosen(cpu, shapes=[shape]).groups] == [STANDARD]
