@@ -43,7 +43,15 @@ from xloss.policy.weights import Level
 
 Fields = dict[str, Any]
 NUMBERS = (0.3, 0.05, 0.9, 1.3, 2.5, -0.4)
-POLICY_FIELDS = ("temperature", "advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "group_ids", "rewards")
+POLICY_FIELDS = (
+    "temperature",
+    "advantages",
+    "old_logprobs",
+    "ref_logprobs",
+    "rollout_logprobs",
+    "group_ids",
+    "rewards",
+)
 
 
 # -- fields ------------------------------------------------------------------------------------------------------------

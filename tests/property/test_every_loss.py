@@ -38,7 +38,9 @@ CASES = registry.every_case()
 every_loss = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 every_option = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 of_trios = pytest.mark.parametrize(
-    "ctx_run", [{"mode": "eager"}, {"mode": "chunk"}, {"mode": "chunk", "plan": "two_pass"}], ids=["eager", "one", "two"]
+    "ctx_run",
+    [{"mode": "eager"}, {"mode": "chunk"}, {"mode": "chunk", "plan": "two_pass"}],
+    ids=["eager", "one", "two"],
 )
 
 
@@ -281,7 +283,9 @@ def test_config_is_strict(case: Case) -> None:
         cfg.chunk_size = 3
     for part in (cfg, *(getattr(cfg, n) for n in ("policy_loss_cfg", "value_loss") if hasattr(cfg, n))):
         if part is not None:
-            name = next(n for n in reversed(type(part).model_fields) if n != "loss_type" or len(type(part).model_fields) == 1)
+            name = next(
+                n for n in reversed(type(part).model_fields) if n != "loss_type" or len(type(part).model_fields) == 1
+            )
             with pytest.raises(ValidationError, match=f"Did you mean '{name}'"):
                 type(part).model_validate(part.model_dump() | {name + "x": 1})
 

@@ -173,7 +173,6 @@ def test_metrics() -> None:
             "nll": F.cross_entropy(z, labels[0]),
             "z_loss": 0.1 * z[live].logsumexp(1).square().mean(),
             "num_tokens": live.sum().double(),
-            "num_sequences": torch.ones((), dtype=torch.float64),
         }
         results = finalize_metrics([info.metrics])
         assert results.pop("num_sequences") == 1
