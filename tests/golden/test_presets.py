@@ -18,9 +18,6 @@ from tests.golden.policy_step import Step, run_step
 from tests.golden.records import Entry, case_id
 from xloss import DistillLossConfig, GRPOLossConfig, OrealLossConfig, preset
 
-CASES: list[Entry] = []  # all are other modules'
-DIFFERENT: dict[str, str] = {}
-
 
 def renamed(theirs: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {ours: theirs[name] for name, ours in names.items() if name in theirs}

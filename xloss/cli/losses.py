@@ -201,9 +201,13 @@ def _print_curve(console: Console, curve: Curve) -> None:
     for label, _ in columns:
         table.add_column(label, justify="right")
     for i, x in enumerate(curve.x.tolist()):
-        table.add_row(f"{x:.5g}", *(f"{float(y[i]) + 0.0:.4g}" for _, y in columns))
+        table.add_row(f"{x:.5g}", *(_number(float(y[i])) for _, y in columns))
     console.print(table)
     console.print(f"gradient: {curve.grad_label}; {curve.setting}".removesuffix("; "))
+
+
+def _number(y: float) -> str:
+    return "0" if abs(y) < 1e-12 else f"{y:.4g}"
 
 
 def _named(kind: str, lines: Any) -> list[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -120,7 +120,7 @@ def entry_of(config: BaseLossConfig) -> LossEntry:
     if not config.forms and isinstance(config, GRPOLossConfig):
         return _of_policy(type(config.policy_loss_cfg), config)
     if isinstance(config, PreferenceLossConfig):
-        return _of_term(type(config.loss_type[0]), config)
+        return _of_sum(config) if len(config.loss_type) > 1 else _of_term(type(config.loss_type[0]), config)
     forms = {form.name: form for form in config.forms}
     return _of_form(type(config), forms.get(config.form(), LossForm(config.form(), "", "", "")), config)
 
@@ -144,27 +144,34 @@ def _of_policy(cls: type[PolicyLossConfig], given: GRPOLossConfig | None = None)
 
 def _of_term(cls: type[PreferenceTerm], given: PreferenceLossConfig | None = None) -> LossEntry:
     name = cls.model_fields["loss_type"].default if "loss_type" in cls.model_fields else cls.__name__
-    formula = cls.formula
     config = given or _made(lambda: PreferenceLossConfig(loss_type=(cls(**cls.example),)))
     curve: Callable[[], Curve | str] = _no_example
-    if config is not None and len(config.loss_type) == 1:
+    if config is not None:
         curve = partial(curves.preference_curve, config.terms[0], config.f_divergence, config.f_alpha)
-    elif config is not None:
-        name = " + ".join(str(term.loss_type) for term in config.loss_type)
-        formula = " + ".join(f"{term.weight:g} {term.loss_type}" for term in config.loss_type)
-        curve = partial(str, "a sum of several losses is no function of one margin")
     registered = preference_losses().get(name) is cls and not cls.example
     use = repr(name) if registered else f"{cls.__name__}({_arguments(cls.example)})"
     return LossEntry(
         name=name,
         family="preference",
         summary=first_line(cls),
-        formula=formula,
+        formula=cls.formula,
         source=cls.source,
         plan=plan_of(config),
         use=f"PreferenceLossConfig(loss_type={use})",
         parameters=tuple(_parameters(cls)),
         curve=curve,
+    )
+
+
+def _of_sum(config: PreferenceLossConfig) -> LossEntry:
+    terms = config.loss_type
+    return replace(
+        _of_term(type(terms[0]), config),
+        name=" + ".join(str(term.loss_type) for term in terms),
+        summary="A weighted sum of several losses.",
+        formula=" + ".join(f"{term.weight:g} {term.loss_type}" for term in terms),
+        source="; ".join(dict.fromkeys(term.source for term in terms)),
+        curve=partial(str, "a sum of several losses is no function of one margin"),
     )
 
 

@@ -67,14 +67,29 @@ class DistillLossConfig(ReducedLossConfig):
         for name, formula, source, summary in (
             ("forward_kl", "F = sum q (log q - log p)", "Hinton et al., arXiv 1503.02531", "KL(teacher, student)."),
             ("reverse_kl", "R = sum p (log p - log q)", "MiniLLM, arXiv 2306.08543", "KL(student, teacher)."),
-            ("jsd", "beta KL(q, m) + (1 - beta) KL(p, m), m = (1 - beta) p + beta q", _GKD, "Between F and R."),
+            (
+                "jsd",
+                "beta KL(q, m) + (1 - beta) KL(p, m), m = (1 - beta) p + beta q",
+                _GKD,
+                "Between forward and reverse KL.",
+            ),
             ("mixed", "w F + (1 - w) R, w = mixed_kl_weight", "NeMo RL, torchtune", "A weighted sum of both KLs."),
-            ("skewed_forward_kl", "KL(q, l q + (1 - l) p), l = skew_lambda", _DISTILLM, "F against a mixture."),
-            ("skewed_reverse_kl", "KL(p, (1 - l) q + l p), l = skew_lambda", _DISTILLM, "R against a mixture."),
+            (
+                "skewed_forward_kl",
+                "KL(q, l q + (1 - l) p), l = skew_lambda",
+                _DISTILLM,
+                "Forward KL against a mixture of both.",
+            ),
+            (
+                "skewed_reverse_kl",
+                "KL(p, (1 - l) q + l p), l = skew_lambda",
+                _DISTILLM,
+                "Reverse KL against a mixture of both.",
+            ),
             ("tvd", "sum |p - q| / 2", "Liger", "Total variation distance."),
-            ("nla", "-log alpha, alpha = sum min(p, q)", _DRAFT, "Of the acceptance rate of a draft model."),
-            ("lk_hybrid", "k F + (1 - k) TVD, k = sg(exp(-3 alpha))", _DRAFT, "F while far, TVD when close."),
-            ("distill_cross_entropy", "-sum q log p", "NeMo RL", "F without the teacher's entropy."),
+            ("nla", "-log alpha, alpha = sum min(p, q)", _DRAFT, "Minus the log of a draft model's acceptance rate."),
+            ("lk_hybrid", "k F + (1 - k) TVD, k = sg(exp(-3 alpha))", _DRAFT, "Forward KL while far, TVD when close."),
+            ("distill_cross_entropy", "-sum q log p", "NeMo RL", "Forward KL without the teacher's entropy."),
             ("cosine", "1 - cos(z_p, z_q)", "Liger", "Angle between logits."),
         )
     )
