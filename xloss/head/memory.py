@@ -88,7 +88,8 @@ def _products(r: PlanRequest, choice: Choice, rows: int) -> int:
         return forward
     hidden = weight = 0
     if r.hidden_grad:
-        hidden = chunk * acc + widened + (chunk * r.waiting_bytes if r.waiting_bytes != acc else 0)
+        own = 0 if choice.columns else chunk * acc  # strips add to a sum that counts as a gradient
+        hidden = own + widened + (chunk * r.waiting_bytes if r.waiting_bytes != acc else 0)
     if r.weight_grad and low and not cuda:
         weight = chunk * acc
     if r.scales_dlogits:  # products are brought back to scale a block at a time, before they are added
