@@ -289,8 +289,9 @@ def distillation_forms() -> dict[str, Case]:
         for teacher in ("head", "logits"):
             cases[f"{kind}-{teacher}"] = distilled(teacher, {"divergence": kind})
         for fields in moved(DistillLossConfig, {"divergence": kind}, DistillLossConfig, names):
-            own = fields.keys() & {"beta", "mixed_kl_weight", "skew_lambda"}
-            if own or (kind == "forward_kl" and not fields.keys() & {"divergence", "topk_mode", "outside_logprob"}):
+            (name,) = (fields.keys() - {"divergence"}) or ("divergence",)
+            of_kind = name in ("beta", "mixed_kl_weight", "skew_lambda")
+            if of_kind or (kind == "forward_kl" and name not in ("divergence", "topk_mode", "outside_logprob")):
                 cases[name_of(fields)] = distilled("head", fields)
         for mode in get_args(TopKMode):
             base = {"divergence": kind, "topk_mode": mode}
@@ -347,16 +348,15 @@ PLAIN: dict[str, Case] = {
 """One case of every loss."""
 
 
-def every_case() -> dict[str, Case]:
-    """Every loss with every option."""
-    cases = {f"policy-{name_of(f)}": policy(f) for name in policy_losses() for f in policy_forms(name)}
-    families = {
+def every_case() -> dict[str, dict[str, Case]]:
+    """Every loss with every option, by family: a registered policy loss is one."""
+    found = {n: {name_of(form): policy(form) for form in policy_forms(n)} for n in policy_losses()}
+    return found | {
         "kl": kl_forms(),
         "correction": correction_forms(),
         "step": step_forms(),
         "reduction": reduction_forms(),
         "supervised": supervised_forms(),
-        "distill": distillation_forms(),
+        "distillation": distillation_forms(),
         "preference": preference_forms(),
     }
-    return cases | {f"{family}-{n}": c for family, found in families.items() for n, c in found.items()}

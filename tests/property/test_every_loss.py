@@ -14,7 +14,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import fields
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -27,24 +27,31 @@ from tests import budgets
 from tests.oracle import policies
 from tests.property import registry
 from tests.property.registry import PLAIN, policy, policy_forms
-from tests.property.world import LAYOUTS, LENGTHS, Case, Layout, Result, World, assert_equal, assert_same
+from tests.property.world import LAYOUTS, LENGTHS, WHOLE, Case, Layout, Result, World, assert_equal, assert_same
 from xloss import BaseLossConfig, GRPOLossConfig, PreferenceLossConfig
 from xloss.errors import UnsupportedError
 from xloss.losses.policies import policy_losses
 from xloss.losses.preferences import preference_losses
 
 WORLD, FAR = World(), World(1, 1.5)
-CASES = registry.every_case()
+FAMILIES = registry.every_case()
+CASES = [case for family in FAMILIES.values() for case in family.values()]
 every_loss = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
-every_option = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-of_trios = pytest.mark.parametrize(
-    "ctx_run",
-    [{"mode": "eager"}, {"mode": "chunk"}, {"mode": "chunk", "plan": "two_pass"}],
-    ids=["eager", "one", "two"],
-)
+every_family = pytest.mark.parametrize("cases", FAMILIES.values(), ids=FAMILIES)
+RUNS: list[dict[str, Any]] = [{"mode": "eager"}, {"mode": "chunk"}, {"mode": "chunk", "plan": "two_pass"}]
 
 
-def ask(case: Case, layout: Layout = Layout(), world: World = WORLD, **run: Any) -> Result:
+def each(cases: dict[str, Case], check: Callable[[Case], None]) -> None:
+    """`check` of every case; an error says of which."""
+    for name, case in cases.items():
+        try:
+            check(case)
+        except BaseException as error:
+            error.add_note(f"in case {name}")
+            raise
+
+
+def ask(case: Case, layout: Layout = WHOLE, world: World = WORLD, **run: Any) -> Result:
     return world.run(case, layout, **({"mode": "chunk"} | run))
 
 
@@ -53,14 +60,18 @@ def ask(case: Case, layout: Layout = Layout(), world: World = WORLD, **run: Any)
 
 @every_loss
 @pytest.mark.parametrize("plan", ["auto", "two_pass"])
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, None])
-def test_chunks_and_plans(case: Case, chunk_size: int | None, plan: str) -> None:
-    got = ask(case, chunk_size=chunk_size, plan=plan)
-    assert_same(got, ask(case, mode="eager"))
+def test_chunks_and_plans(case: Case, plan: str) -> None:
+    want = ask(case, mode="eager")
+    for chunk_size in (1, 3, 7, None):
+        assert_same(ask(case, chunk_size=chunk_size, plan=plan), want)
 
 
-@every_option
-def test_options_in_chunks(case: Case) -> None:
+@every_family
+def test_options_in_chunks(cases: dict[str, Case]) -> None:
+    each(cases, same_in_chunks)
+
+
+def same_in_chunks(case: Case) -> None:
     want = ask(case, mode="eager")
     assert_same(ask(case, chunk_size=7), want)
     skipped = ask(case, skip_zero_grad_rows=True)  # rows that promise a gradient of 0 keep it; metrics lose them
@@ -68,8 +79,12 @@ def test_options_in_chunks(case: Case) -> None:
     assert_same(skipped, want)
 
 
-@every_option
-def test_layouts(case: Case) -> None:
+@every_family
+def test_layouts(cases: dict[str, Case]) -> None:
+    each(cases, same_in_layouts)
+
+
+def same_in_layouts(case: Case) -> None:
     """To float32, the precision of calibrated weights."""
     want = ask(case)
     for name, layout in LAYOUTS.items():
@@ -77,8 +92,12 @@ def test_layouts(case: Case) -> None:
             assert_same(ask(case, layout), want, relative=budgets.F32_GRADIENT)
 
 
-@every_option
-def test_poison(case: Case) -> None:
+@every_family
+def test_poison(cases: dict[str, Case]) -> None:
+    each(cases, deaf_to_poison)
+
+
+def deaf_to_poison(case: Case) -> None:
     want = ask(case)
     assert_equal(ask(case, poison=torch.nan), want)
     assert_equal(ask(case, poison=torch.inf), want)
@@ -130,7 +149,7 @@ def test_backward_twice(case: Case) -> None:
 # -- building batches --------------------------------------------------------------------------------------------------
 
 
-@every_option
+@every_loss
 def test_contexts_built_one_by_one(case: Case) -> None:
     """`build_batches` fills in what `build_batches_loss_kwargs` does, and again when called again."""
     layout, cfg = LAYOUTS["cut"], case.make()
@@ -165,26 +184,25 @@ def test_cat(case: Case) -> None:
 # -- nothing to learn --------------------------------------------------------------------------------------------------
 
 
-@of_trios
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @every_loss
-def test_all_ignored(case: Case, packed: bool, ctx_run: dict[str, Any]) -> None:
-    got = ask(case, Layout(((8, 9),), packed), poison=torch.nan, **ctx_run)
-    assert float(got.loss) == 0
-    assert all(bool((grad == 0).all()) for grad in got.grads.values())
-    assert got.metrics.keys() == ask(case).metrics.keys()
-    assert all(bool(torch.isfinite(x)) for x in got.metrics.values())
+def test_all_ignored(case: Case) -> None:
+    names = ask(case).metrics.keys()
+    for packed, run in product((True, False), RUNS):
+        got = ask(case, Layout(((8, 9),), packed), poison=torch.nan, **run)
+        assert float(got.loss) == 0
+        assert all(bool((grad == 0).all()) for grad in got.grads.values())
+        assert got.metrics.keys() == names
+        assert all(bool(torch.isfinite(x)) for x in got.metrics.values())
 
 
-@of_trios
-@pytest.mark.parametrize("sequences", [(), (0, 1), (1,)], ids=["T0", "T5", "T1"])
 @every_loss
-def test_tiny(case: Case, sequences: tuple[int, ...], ctx_run: dict[str, Any]) -> None:
-    if sequences == (1,) and "pair_ids" in case.fields:
-        sequences = (8, 9)  # a pair is never alone
-    got = ask(case, Layout((sequences,)), **ctx_run)
-    for x in (got.loss, *got.grads.values(), *got.metrics.values()):
-        assert bool(torch.isfinite(x).all())
+def test_tiny(case: Case) -> None:
+    """No token, five, and one where a sequence may be alone."""
+    alone = () if "pair_ids" in case.fields else ((1,),)
+    for sequences, run in product(((), (0, 1), *alone), RUNS):
+        got = ask(case, Layout((sequences,)), **run)
+        for x in (got.loss, *got.grads.values(), *got.metrics.values()):
+            assert bool(torch.isfinite(x).all())
 
 
 # -- per-token formulas ------------------------------------------------------------------------------------------------
@@ -237,8 +255,12 @@ def formula(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
     return fn, [given[n].detach().clone().requires_grad_() for n in names]
 
 
-@every_option
-def test_gradcheck(case: Case) -> None:
+@every_family
+def test_gradcheck(cases: dict[str, Case]) -> None:
+    each(cases, slope_is_right)
+
+
+def slope_is_right(case: Case) -> None:
     fn, inputs = formula(case)
     assert torch.autograd.gradcheck(Constant(fn), inputs, fast_mode=True, **budgets.GRADCHECK)
 
@@ -266,8 +288,12 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
 # -- configs -----------------------------------------------------------------------------------------------------------
 
 
-@every_option
-def test_config_comes_back(case: Case) -> None:
+@every_family
+def test_config_comes_back(cases: dict[str, Case]) -> None:
+    each(cases, comes_back)
+
+
+def comes_back(case: Case) -> None:
     cfg = case.make()
     cls = type(cfg)
     assert cls.model_validate(cfg.model_dump()) == cfg
@@ -313,7 +339,7 @@ def test_every_field_of_a_policy_counts(name: str) -> None:
 
 def test_every_config_is_here() -> None:
     """A config class, a policy loss or a preference term that is added is in all of these tests, or this one fails."""
-    made = {type(case.make()) for case in CASES.values()}
+    made = {type(case.make()) for case in CASES}
     known = {getattr(xloss, name) for name in xloss.__all__}
     known = {cls for cls in known if isinstance(cls, type) and issubclass(cls, BaseLossConfig)} - {BaseLossConfig}
     assert made == known
@@ -328,7 +354,7 @@ NOT_MOVED = {"layout"}
 
 
 def test_every_field_of_a_config_is_moved() -> None:
-    configs = [case.make() for case in CASES.values()]
+    configs = [case.make() for case in CASES]
     for cls in {type(cfg) for cfg in configs}:
         parents = [base for base in cls.__mro__[1:] if base in {type(cfg) for cfg in configs}]
         for name in {*registry.own_fields(cls, BaseLossConfig, *parents)} - NOT_MOVED:
@@ -339,19 +365,18 @@ def test_every_field_of_a_config_is_moved() -> None:
 
 # -- oracles -----------------------------------------------------------------------------------------------------------
 
-FORMS = {registry.name_of(form): form for name in policy_losses() for form in policy_forms(name)}
-
 
 def test_every_policy_has_an_oracle() -> None:
     assert policies.POLICIES.keys() == policy_losses().keys()
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_oracle(form: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", policy_losses())
+def test_oracle(name: str) -> None:
     """Ratios near 1 and far from it. What a loss draws at random, its own tests know."""
-    case = policy(form)
-    for world in () if case.by_place else (WORLD, FAR):
-        assert_oracle(form, case, world)
+    for form in policy_forms(name):
+        case = policy(form)
+        for world in () if case.by_place else (WORLD, FAR):
+            assert_oracle(form, case, world)
 
 
 def assert_oracle(form: dict[str, Any], case: Case, world: World) -> None:

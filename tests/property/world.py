@@ -34,9 +34,8 @@ class Layout:
 
 WHOLE = Layout()
 LAYOUTS = {
-    "padded": Layout(packed=False),
-    "shuffled": Layout(((7, 2, 9, 0, 4, 8, 3, 6, 5, 1),)),
-    "cut": Layout(((0, 1, 2, 3), (8, 9), (4, 5, 6, 7))),
+    "padded": Layout(((7, 2, 9, 0, 4, 8, 3, 6, 5, 1),), packed=False),
+    "cut": Layout(((2, 0, 1, 3), (8, 9), (4, 7, 6, 5))),
     "cut-padded": Layout(((4, 5, 0, 1), (8, 9), (3, 2), (7, 6)), packed=False),
 }
 
