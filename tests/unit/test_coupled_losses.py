@@ -117,8 +117,11 @@ def test_a_cut_sequence_is_refused(fields: dict[str, Any], why: str) -> None:
     pieces = ctx.loss_kwargs.chunk(6)
     with pytest.raises(UnsupportedError, match=f"{why}.*chunk"):
         GRPOLossContext(ctx.loss_cfg, pieces[0]).forward(hidden[:, :6], weight)
-    again = GRPOLossKwargs.cat(pieces).replaced({"cu_seq_lens": ctx.loss_kwargs.cu_seq_lens})
-    assert torch.equal(GRPOLossContext(ctx.loss_cfg, again).forward(hidden, weight)[0], loss)
+    joined = GRPOLossKwargs.cat(pieces)
+    assert torch.equal(GRPOLossContext(ctx.loss_cfg, joined).forward(hidden, weight)[0], loss)
+    for some in (pieces[:1], pieces[::-1], [pieces[0], pieces[0]]):
+        with pytest.raises(UnsupportedError, match=f"{why}.*chunk"):
+            GRPOLossContext(ctx.loss_cfg, GRPOLossKwargs.cat(some)).forward(hidden, weight)
     (whole,) = ctx.loss_kwargs.chunk(T)
     assert torch.equal(GRPOLossContext(ctx.loss_cfg, whole).forward(hidden, weight)[0], loss)
 
