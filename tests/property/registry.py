@@ -6,8 +6,6 @@ from functools import cache, partial
 from itertools import product
 from typing import Any, get_args
 
-from pydantic import BaseModel
-
 from tests.property.fields import Fields, moved, name_of, own_fields, valid
 from tests.property.world import Case
 from xloss import (
@@ -54,15 +52,10 @@ TOGETHER: dict[str, list[Fields]] = {
 """Fields that make sense together only, or act on a small batch only with others."""
 
 
-def example(cls: type[BaseModel]) -> Fields:
-    """Values of the fields that a loss cannot do without."""
-    return {n: 0.2 for n, info in cls.model_fields.items() if info.is_required() and n != "loss_type"}
-
-
 def policy_forms(name: str) -> list[Fields]:
     """A registered loss with its defaults, with fields that go together, and with each field moved."""
     cls = policy_losses()[name]
-    bases = [example(cls), *(example(cls) | more for more in TOGETHER.get(name, []))]
+    bases = [cls.example, *(cls.example | more for more in TOGETHER.get(name, []))]
     found = [*bases, *(f for base in bases for f in moved(cls, base, cls, own_fields(cls)))]
     return [{"loss_type": name} | fields for fields in found]
 
@@ -260,7 +253,7 @@ def preference_forms() -> dict[str, Case]:
     """Every registered term with each of its fields moved, every field of the config, and several terms at once."""
     cases: dict[str, Case] = {}
     for name, cls in preference_losses().items():
-        base = {"loss_type": name} | example(cls)
+        base = {"loss_type": name} | cls.example
         for fields in (base, *moved(cls, base, cls, own_fields(cls))):
             cases[name_of(fields)] = preference(fields)
     names = own_fields(PreferenceLossConfig, BaseLossConfig)
@@ -276,7 +269,7 @@ def preference_forms() -> dict[str, Case]:
 
 PLAIN: dict[str, Case] = {
     **{f"policy-{n}": c for n, c in POLICIES.items()},
-    **{f"preference-{n}": preference({"loss_type": n} | example(c)) for n, c in preference_losses().items()},
+    **{f"preference-{n}": preference({"loss_type": n} | c.example) for n, c in preference_losses().items()},
     "ce": Case(CELossConfig, CELossContextInputItem, ("temperature", "token_weight")),
     "mtp": Case(MTPLossConfig, MTPLossContextInputItem, ("temperature", "token_weight")),
     "soft": Case(SoftCELossConfig, SoftCELossContextInputItem, SOFT),

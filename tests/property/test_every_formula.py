@@ -77,7 +77,7 @@ def differ(a: Result, b: Result) -> bool:
 @pytest.mark.parametrize("name", policy_losses())
 def test_every_field_of_a_policy_counts(name: str) -> None:
     cls = policy_losses()[name]
-    bases = [registry.example(cls) | more for more in ({}, *registry.TOGETHER.get(name, []))]
+    bases = [cls.example | more for more in ({}, *registry.TOGETHER.get(name, []))]
     worlds = (FAR, WORLD, World(2, 1.5))
     for field in fields_of.own_fields(cls):
         if not fields_of.candidates(cls.model_fields[field]):
