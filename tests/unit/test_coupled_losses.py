@@ -139,12 +139,18 @@ def test_a_prompt_in_two_micro_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "field"), [({"loss_type": "real"}, "group_ids"), ({"loss_type": "a_star_po"}, "ref_logprobs")]
+    ("policy", "field", "given"),
+    [
+        ({"loss_type": "real"}, "group_ids", {"group_ids": None}),
+        ({"loss_type": "a_star_po"}, "ref_logprobs", {}),
+        ({"loss_type": "m2po", "moment_of": "old"}, "rollout_logprobs", {"rollout_logprobs": None}),
+        ({"loss_type": "m2po", "moment_of": "old"}, "old_logprobs", {"old_logprobs": None}),
+    ],
 )
-def test_what_a_loss_cannot_do_without(policy: dict[str, Any], field: str) -> None:
+def test_what_a_loss_cannot_do_without(policy: dict[str, Any], field: str, given: dict[str, Any]) -> None:
     hidden, weight, labels = tensors()
     with pytest.raises(MissingFieldError, match=field):
-        build(labels, GRPOLossConfig(policy_loss_cfg=policy), group_ids=None).forward(hidden, weight)
+        build(labels, GRPOLossConfig(policy_loss_cfg=policy), **given).forward(hidden, weight)
 
 
 @pytest.mark.parametrize(
