@@ -1,7 +1,7 @@
 """The oracle of every policy loss by its `loss_type`, on one form of input; `cfg` holds the value of every field.
 
-Losses of a ratio's level: with d at that level (`sequence.log_ratios`), a function of the ratio alone takes d for lp and
-0 for old; a constant weight on lp takes sg(lp - d) for old.
+Losses of a ratio's level, d at that level (`sequence.log_ratios`): a function of the ratio alone takes d for lp and 0
+for old; a constant weight on lp takes sg(lp - d) for old.
 """
 
 from __future__ import annotations

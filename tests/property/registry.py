@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import product
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-
+from tests.property.fields import Fields, moved, name_of, own_fields, valid
 from tests.property.world import Case
 from xloss import (
     BaseLossConfig,
@@ -31,7 +27,6 @@ from xloss import (
     SoftCELossContextInputItem,
     ValueLossConfig,
 )
-from xloss.errors import OptionError
 from xloss.losses.policies import policy_losses
 from xloss.losses.preferences import preference_losses
 from xloss.losses.reduction import Reduction
@@ -41,64 +36,8 @@ from xloss.policy.topk import TopKMode
 from xloss.policy.value import ValueLossType
 from xloss.policy.weights import Level
 
-Fields = dict[str, Any]
-NUMBERS = (0.3, 0.05, 0.9, 1.3, 2.5, -0.4)
-POLICY_FIELDS = (
-    "temperature",
-    "advantages",
-    "old_logprobs",
-    "ref_logprobs",
-    "rollout_logprobs",
-    "group_ids",
-    "rewards",
-)
-
-
-# -- fields ------------------------------------------------------------------------------------------------------------
-
-
-def candidates(info: FieldInfo) -> list[Any]:
-    """Values of a field other than its default, the likely ones first."""
-
-    def of(annotation: Any) -> list[Any]:
-        if get_origin(annotation) is Annotated:
-            return of(get_args(annotation)[0])
-        if get_origin(annotation) is Literal:
-            return list(get_args(annotation))
-        if get_origin(annotation) in (Union, types.UnionType):
-            return [value for part in get_args(annotation) for value in of(part)]
-        return {bool: [True, False], float: list(NUMBERS), int: [2, 3], type(None): [None]}.get(annotation, [])
-
-    return [value for value in of(info.annotation) if info.is_required() or value != info.default]
-
-
-def valid(make: Callable[..., Any], fields: Fields) -> bool:
-    try:
-        make(**fields)
-    except (ValidationError, OptionError):
-        return False
-    return True
-
-
-def moved(
-    model: type[BaseModel], base: Fields, make: Callable[..., Any], names: tuple[str, ...], numbers: int = 1
-) -> Iterator[Fields]:
-    """`base` with one of the fields `names` moved off its default, by every choice and some numbers that validate."""
-    for name in names:
-        found = [base | {name: value} for value in candidates(model.model_fields[name])]
-        found = [fields for fields in found if valid(make, fields)]
-        chosen = [f for f in found if type(f[name]) is not float]
-        yield from chosen + [f for f in found if type(f[name]) is float][:numbers]
-
-
-def own_fields(model: type[BaseModel], *others: type[BaseModel]) -> tuple[str, ...]:
-    """Fields that the others have not."""
-    known = {"loss_type"}.union(*(set(o.model_fields) for o in others))
-    return tuple(n for n in model.model_fields if n not in known)
-
-
-def name_of(fields: Fields) -> str:
-    return "-".join(f"{k}={v}" for k, v in fields.items()) or "default"
+POLICY_FIELDS = ("temperature", "advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "group_ids",
+                 "rewards")  # fmt: skip
 
 
 # -- policies ----------------------------------------------------------------------------------------------------------
@@ -113,15 +52,10 @@ TOGETHER: dict[str, list[Fields]] = {
 """Fields that make sense together only, or act on a small batch only with others."""
 
 
-def example(cls: type[BaseModel]) -> Fields:
-    """Values of the fields that a loss cannot do without."""
-    return {n: 0.2 for n, info in cls.model_fields.items() if info.is_required() and n != "loss_type"}
-
-
 def policy_forms(name: str) -> list[Fields]:
     """A registered loss with its defaults, with fields that go together, and with each field moved."""
     cls = policy_losses()[name]
-    bases = [example(cls), *(example(cls) | more for more in TOGETHER.get(name, []))]
+    bases = [cls.example, *(cls.example | more for more in TOGETHER.get(name, []))]
     found = [*bases, *(f for base in bases for f in moved(cls, base, cls, own_fields(cls)))]
     return [{"loss_type": name} | fields for fields in found]
 
@@ -289,8 +223,9 @@ def distillation_forms() -> dict[str, Case]:
         for teacher in ("head", "logits"):
             cases[f"{kind}-{teacher}"] = distilled(teacher, {"divergence": kind})
         for fields in moved(DistillLossConfig, {"divergence": kind}, DistillLossConfig, names):
-            own = fields.keys() & {"beta", "mixed_kl_weight", "skew_lambda"}
-            if own or (kind == "forward_kl" and not fields.keys() & {"divergence", "topk_mode", "outside_logprob"}):
+            (name,) = (fields.keys() - {"divergence"}) or ("divergence",)
+            of_kind = name in ("beta", "mixed_kl_weight", "skew_lambda")
+            if of_kind or (kind == "forward_kl" and name not in ("divergence", "topk_mode", "outside_logprob")):
                 cases[name_of(fields)] = distilled("head", fields)
         for mode in get_args(TopKMode):
             base = {"divergence": kind, "topk_mode": mode}
@@ -318,7 +253,7 @@ def preference_forms() -> dict[str, Case]:
     """Every registered term with each of its fields moved, every field of the config, and several terms at once."""
     cases: dict[str, Case] = {}
     for name, cls in preference_losses().items():
-        base = {"loss_type": name} | example(cls)
+        base = {"loss_type": name} | cls.example
         for fields in (base, *moved(cls, base, cls, own_fields(cls))):
             cases[name_of(fields)] = preference(fields)
     names = own_fields(PreferenceLossConfig, BaseLossConfig)
@@ -334,7 +269,7 @@ def preference_forms() -> dict[str, Case]:
 
 PLAIN: dict[str, Case] = {
     **{f"policy-{n}": c for n, c in POLICIES.items()},
-    **{f"preference-{n}": preference({"loss_type": n} | example(c)) for n, c in preference_losses().items()},
+    **{f"preference-{n}": preference({"loss_type": n} | c.example) for n, c in preference_losses().items()},
     "ce": Case(CELossConfig, CELossContextInputItem, ("temperature", "token_weight")),
     "mtp": Case(MTPLossConfig, MTPLossContextInputItem, ("temperature", "token_weight")),
     "soft": Case(SoftCELossConfig, SoftCELossContextInputItem, SOFT),
@@ -347,16 +282,15 @@ PLAIN: dict[str, Case] = {
 """One case of every loss."""
 
 
-def every_case() -> dict[str, Case]:
-    """Every loss with every option."""
-    cases = {f"policy-{name_of(f)}": policy(f) for name in policy_losses() for f in policy_forms(name)}
-    families = {
+def every_case() -> dict[str, dict[str, Case]]:
+    """Every loss with every option, by family: a registered policy loss is one."""
+    found = {n: {name_of(form): policy(form) for form in policy_forms(n)} for n in policy_losses()}
+    return found | {
         "kl": kl_forms(),
         "correction": correction_forms(),
         "step": step_forms(),
         "reduction": reduction_forms(),
         "supervised": supervised_forms(),
-        "distill": distillation_forms(),
+        "distillation": distillation_forms(),
         "preference": preference_forms(),
     }
-    return cases | {f"{family}-{n}": c for family, found in families.items() for n, c in found.items()}

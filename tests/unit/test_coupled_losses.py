@@ -117,8 +117,11 @@ def test_a_cut_sequence_is_refused(fields: dict[str, Any], why: str) -> None:
     pieces = ctx.loss_kwargs.chunk(6)
     with pytest.raises(UnsupportedError, match=f"{why}.*chunk"):
         GRPOLossContext(ctx.loss_cfg, pieces[0]).forward(hidden[:, :6], weight)
-    again = GRPOLossKwargs.cat(pieces).replaced({"cu_seq_lens": ctx.loss_kwargs.cu_seq_lens})
-    assert torch.equal(GRPOLossContext(ctx.loss_cfg, again).forward(hidden, weight)[0], loss)
+    joined = GRPOLossKwargs.cat(pieces)
+    assert torch.equal(GRPOLossContext(ctx.loss_cfg, joined).forward(hidden, weight)[0], loss)
+    for some in (pieces[:1], pieces[::-1], [pieces[0], pieces[0]]):
+        with pytest.raises(UnsupportedError, match=f"{why}.*chunk"):
+            GRPOLossContext(ctx.loss_cfg, GRPOLossKwargs.cat(some)).forward(hidden, weight)
     (whole,) = ctx.loss_kwargs.chunk(T)
     assert torch.equal(GRPOLossContext(ctx.loss_cfg, whole).forward(hidden, weight)[0], loss)
 
@@ -136,12 +139,18 @@ def test_a_prompt_in_two_micro_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "field"), [({"loss_type": "real"}, "group_ids"), ({"loss_type": "a_star_po"}, "ref_logprobs")]
+    ("policy", "field", "given"),
+    [
+        ({"loss_type": "real"}, "group_ids", {"group_ids": None}),
+        ({"loss_type": "a_star_po"}, "ref_logprobs", {}),
+        ({"loss_type": "m2po", "moment_of": "old"}, "rollout_logprobs", {"rollout_logprobs": None}),
+        ({"loss_type": "m2po", "moment_of": "old"}, "old_logprobs", {"old_logprobs": None}),
+    ],
 )
-def test_what_a_loss_cannot_do_without(policy: dict[str, Any], field: str) -> None:
+def test_what_a_loss_cannot_do_without(policy: dict[str, Any], field: str, given: dict[str, Any]) -> None:
     hidden, weight, labels = tensors()
     with pytest.raises(MissingFieldError, match=field):
-        build(labels, GRPOLossConfig(policy_loss_cfg=policy), group_ids=None).forward(hidden, weight)
+        build(labels, GRPOLossConfig(policy_loss_cfg=policy), **given).forward(hidden, weight)
 
 
 @pytest.mark.parametrize(

@@ -128,3 +128,13 @@ def test_figures_follow_the_batch() -> None:
     assert figures(type(first).cat(pieces)) == alone
     assert figures(type(first).cat([first, second])) == both
     assert figures(first.to("cpu")) == alone
+
+
+def test_old_logprobs_taken_out_after_the_batch_was_built() -> None:
+    """Its weights are in the batch already; the pass would weigh a second time."""
+    case = problem(0)
+    cfg = GRPOLossConfig(policy_loss_cfg=VANILLA, rollout_correction={"level": "token"})
+    kwargs = cfg.loss_ctx_cls.build_batches_loss_kwargs(case.items(), cfg, case.cu_seq_lens)[0]
+    kwargs.old_logprobs = None
+    with pytest.raises(OptionError, match="old_logprobs is None, but the batch was corrected by them"):
+        cfg.loss_ctx_cls(cfg, kwargs).forward(case.hidden[0], case.weight)

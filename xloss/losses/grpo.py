@@ -105,12 +105,15 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             require(self.loss_kwargs, "entropy_loss_weight", _CALL_BUILD)
         if self.loss_cfg.nll_coef:
             require(self.loss_kwargs, "nll_loss_weight", _CALL_BUILD)
-        if self.loss_cfg.rollout_correction is not None and not self._corrects_in_pass:
-            require(self.loss_kwargs, "rollout_weights", _CALL_BUILD)
+        if self.loss_cfg.rollout_correction is not None:
+            if not self._corrects_in_pass:
+                require(self.loss_kwargs, "rollout_weights", _CALL_BUILD)
+            elif self.loss_kwargs.rollout_weights is not None:
+                raise OptionError(f"old_logprobs is None, but the batch was corrected by them; {_CALL_BUILD}")
         policy: PolicyLossConfig = self.loss_cfg.policy_loss_cfg
         if policy.ratio_anchor() == "rollout":
             require(self.loss_kwargs, "rollout_logprobs", "anchor='rollout' takes the ratio to the sampler's log-probs")
-        for name in policy.needs:
+        for name in policy.needed():
             field = "group_ids" if name == "groups" else name
             require(self.loss_kwargs, field, f"{type(policy).__name__} cannot do without it")
         coupled = self._coupled_by()
@@ -168,7 +171,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         ref_head_weight: Tensor | None = None,
         ref_head_bias: Tensor | None = None,
     ) -> Plan:
-        """As ``BaseLossContext.explain``; takes what ``forward`` takes."""
+        """As ``BaseLossContext.explain``, with the reference's head where ``forward`` takes one."""
         ref = None if hidden_states is None else self._reference(ref_head_weight, ref_head_bias)
         return run.explain(self, hidden_states, head_weight, head_bias, ref)
 

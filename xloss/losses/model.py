@@ -54,6 +54,16 @@ class PerBatch:
     """Marks a tensor field that is not per token, whatever its shape."""
 
 
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Tokens ``start:stop`` of a batch of ``length`` that ``chunk`` cut; ``whole`` is the same in all its pieces."""
+
+    whole: BaseLossKwargs
+    start: int
+    stop: int
+    length: int
+
+
 class TokenBatch(StrictModel):
     """Tensors of one micro-batch. ``to``, ``chunk``, ``cat``, ``sp_split`` follow from the fields' ``PerToken`` marks.
 
@@ -135,6 +145,7 @@ class BaseLossKwargs(TokenBatch):
     cu_seq_lens: Annotated[Tensor | None, PerBatch()] = None
     _rows: tuple[object, list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
     _cut: bool = PrivateAttr(default=False)
+    _piece: Piece | None = PrivateAttr(default=None)
     _metrics: dict[str, Metric] = PrivateAttr(default_factory=dict)
 
     @property
@@ -178,6 +189,7 @@ class BaseLossKwargs(TokenBatch):
     def sp_split(self, sp_mesh: DeviceMesh) -> Self:
         if sp_mesh.size() > 1:
             self.cu_seq_lens = None  # bounds of the whole pack do not describe a part of it
+            self._cut = True
         return super().sp_split(sp_mesh)
 
     def check(self) -> None:
@@ -204,13 +216,17 @@ class BaseLossKwargs(TokenBatch):
             if self.cu_seq_lens is not None:
                 piece.cu_seq_lens = (self.cu_seq_lens - start).clamp(0, stop - start)
             piece._cut = self._cut or stop - start < length
+            piece._piece = Piece(self, start, stop, length)
             pieces.append(piece)
         pieces[0].keep_metrics(self._metrics)
         return pieces
 
     @classmethod
     def cat(cls, chunks: Sequence[Self]) -> Self:
-        """Pieces joined along the last token axis. A field must be present in all or in none of them."""
+        """Pieces joined along the last token axis. A field must be present in all or in none of them.
+
+        All pieces of a batch, in order, make sequences that ``chunk`` cut whole again; some of them stay ``cut``.
+        """
         if not chunks:
             raise OptionError("chunks must not be empty")
         first, joined = chunks[0], {}
@@ -229,6 +245,10 @@ class BaseLossKwargs(TokenBatch):
                 offset += c.shifted_labels.shape[-1]
             joined["cu_seq_lens"] = torch.cat(bounds)
         whole = first.replaced(joined)
+        origin = _all_pieces_of([c._piece for c in chunks])
+        whole._cut = any(c.cut for c in chunks) if origin is None else origin.cut
+        if origin is not None and origin.cu_seq_lens is not None:
+            whole.cu_seq_lens = origin.cu_seq_lens.to(whole.shifted_labels.device)
         whole.keep_metrics(merge_metrics([c.built_metrics for c in chunks]))
         return whole
 
@@ -241,3 +261,12 @@ class BaseLossKwargs(TokenBatch):
 
         not_read = {name: None for name, (_, mark) in self.per_token().items() if mark.head_only}
         return self.replaced(not_read).map_tokens(flatten)
+
+
+def _all_pieces_of(parts: Sequence[Piece | None]) -> BaseLossKwargs | None:
+    """The batch that these are all pieces of, in order; ``None`` where they are not."""
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts) or any(part.whole is not found[0].whole for part in found):
+        return None
+    ends = [0, *(part.stop for part in found)]
+    return found[0].whole if [part.start for part in found] == ends[:-1] and ends[-1] == found[0].length else None

@@ -63,6 +63,10 @@ class PolicyLossConfig(StrictModel):
         sampler's."""
         return "old"
 
+    def needed(self) -> tuple[str, ...]:
+        """``needs``, for losses whose fields decide."""
+        return self.needs
+
     def no_gradient_without_advantage(self) -> bool:
         """``zero_at_zero_advantage``, for losses whose fields decide."""
         return self.zero_at_zero_advantage

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from xloss.errors import MissingFieldError
 from xloss.losses.policies.base import Coupling, PolicyLossConfig, register_policy_loss
 from xloss.policy import coupled
 from xloss.policy.batch import PolicyBatch
@@ -99,11 +98,14 @@ class M2POConfig(PolicyLossConfig):
             )
         return self
 
+    def needed(self) -> tuple[str, ...]:
+        """``moment_of="old"`` takes the moment of ``old_logprobs - rollout_logprobs``."""
+        return ("old_logprobs", "rollout_logprobs") if self.moment_of == "old" else ()
+
     def per_token(self, batch: PolicyBatch) -> Tensor:
         moment = None
         if self.moment_of == "old":
-            if batch.rollout_logprobs is None:
-                raise MissingFieldError("moment_of='old' takes the moment of old - rollout: give rollout_logprobs")
+            assert batch.rollout_logprobs is not None
             moment = batch.old_logprobs - batch.rollout_logprobs
         return coupled.m2po(
             batch.logprobs,
