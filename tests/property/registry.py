@@ -66,7 +66,7 @@ def policy(form: Fields, fields: tuple[str, ...] = (*POLICY_FIELDS, "is_weights"
     coupled = make().coupled_by()
     value = ("returns", "old_values") if step.get("value_loss") else ()
     forward = ("values",) if value else ()
-    if step.get("kl_loss_type") == "full":
+    if make().full_kl:
         value, forward = (*value, "ref_hidden_states"), (*forward, "ref_head_weight", "ref_head_bias")
     by_place = form["loss_type"] == "clip_cov" and form.get("clip_cov_ratio") != 1.0  # draws tokens by their places
     return Case(make, RLLossContextInputItem, (*fields, *value), forward, "batch" in coupled, by_place)
@@ -145,6 +145,9 @@ def step_forms() -> dict[str, Case]:
     cases["everything-on-policy"] = policy(VANILLA, ("advantages", "ref_logprobs", "rollout_logprobs"), **EVERYTHING)
     cases["on-policy"] = policy(VANILLA, ("advantages",))
     base = {"policy_loss_cfg": VANILLA}
+    for fields in moved(GRPOLossConfig, base, GRPOLossConfig, own_fields(GRPOLossConfig, BaseLossConfig)):
+        more = {n: v for n, v in fields.items() if n not in base}
+        cases[name_of(more)] = policy(VANILLA, **more)
     names = own_fields(OrealLossConfig, GRPOLossConfig)
     for fields in (base, *moved(OrealLossConfig, base, OrealLossConfig, names)):
         title = name_of({n: v for n, v in fields.items() if n not in base})

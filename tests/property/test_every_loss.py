@@ -9,6 +9,8 @@ rounded.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from itertools import product
 from typing import Any
 
@@ -190,3 +192,25 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
     for name, grad in got.grads.items():
         assert bool(torch.isfinite(grad).all()), name
         budgets.assert_relative(f"d {name}", grad, want.grads[name], budgets.gradient_floor(dtype))
+
+
+@every_loss
+def test_autocast(case: Case) -> None:
+    """Weights and hidden states in float32 that bfloat16 holds: the products are exact, gradients rounded."""
+    world = WORLD.rounded(torch.bfloat16)
+    want = ask(case, world=world, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ask(case, world=world, dtype=torch.float32)
+    assert got.loss.dtype == torch.float32
+    for name, grad in got.grads.items():
+        budgets.assert_relative(f"d {name}", grad, want.grads[name], 2 * budgets.gradient_floor(torch.bfloat16))
+
+
+@every_loss
+def test_copies_of_a_context(case: Case) -> None:
+    """A batch that went through another process is the same batch."""
+    (args,), (more,), _ = WORLD.inputs(case)
+    (ctx,) = WORLD.build(case, mode="chunk")
+    want, _ = ctx.forward(*args, **more)
+    for kwargs in (copy.deepcopy(ctx.loss_kwargs), pickle.loads(pickle.dumps(ctx.loss_kwargs))):
+        assert torch.equal(type(ctx)(ctx.loss_cfg, kwargs).forward(*args, **more)[0], want)

@@ -72,7 +72,7 @@ class TokenBatch(StrictModel):
 
     Args:
         shifted_labels: ``[T]``, ``[1, T]`` packed or ``[B, S]`` padded, int; at t stands the token predicted there.
-        temperature: positive, one per token, or ``None``.
+        temperature: one per token, positive at those with a label, or ``None``.
     """
 
     shifted_labels: Annotated[Tensor, PerToken(pad=-100)]
