@@ -5,12 +5,8 @@ from xloss.head.linear_logprobs import linear_logprobs
 from xloss.losses.base import BaseLossContext
 from xloss.losses.ce import CELossConfig, CELossContext, CELossContextInputItem, CELossKwargs
 from xloss.losses.config import BaseLossConfig
-from xloss.losses.distill import (
-    DistillLossConfig,
-    DistillLossContext,
-    DistillLossContextInputItem,
-    DistillLossKwargs,
-)
+from xloss.losses.distill import DistillLossConfig, DistillLossContext
+from xloss.losses.distill_kwargs import DistillLossContextInputItem, DistillLossKwargs
 from xloss.losses.facts import LossForm
 from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext
 from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem

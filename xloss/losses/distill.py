@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -15,9 +15,9 @@ from xloss.head.plan import Plan
 from xloss.head.teacher import LogitsFn, Teacher
 from xloss.losses import run
 from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.distill_kwargs import DistillLossContextInputItem, DistillLossKwargs
 from xloss.losses.facts import LossForm
 from xloss.losses.info import LossInfo
-from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken
 from xloss.losses.reduced import ReducedLossConfig
 from xloss.losses.reduction import attach_token_weights
 from xloss.losses.teacher import GivenTeacher
@@ -140,35 +140,6 @@ class DistillLossConfig(ReducedLossConfig):
     @property
     def loss_ctx_cls(self) -> type[DistillLossContext]:
         return DistillLossContext
-
-
-class DistillLossContextInputItem(BaseLossContextInputItem):
-    """Labels and a teacher's view of one micro-batch. ``temperature`` is that of the divergence here.
-
-    Args:
-        token_weight: free weight of each token, multiplied into ``loss_reduction``'s and counted in the denominator.
-        teacher_hidden_states: ``[.., H2]``; its head is given to ``forward``.
-        teacher_logits: ``[.., V]``, after the teacher's own scale and cap, any float dtype.
-        teacher_topk_ids: ``[.., K]``, int; ``ignore_idx`` where a token has fewer.
-        teacher_topk_logprobs: ``[.., K]``; with ``topk_mode="renormalized"`` logits do as well.
-    """
-
-    token_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    teacher_hidden_states: Annotated[Tensor | None, PerToken(pad=0.0, trailing=True, head_only=True)] = None
-    teacher_logits: Annotated[Tensor | None, PerToken(pad=0.0, trailing=True, head_only=True)] = None
-    teacher_topk_ids: Annotated[Tensor | None, PerToken(pad=-100, trailing=True)] = None
-    teacher_topk_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, trailing=True)] = None
-
-
-class DistillLossKwargs(BaseLossKwargs):
-    """Args: the item's. loss_weight: calibrated weight, the denominator included."""
-
-    token_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    teacher_hidden_states: Annotated[Tensor | None, PerToken(pad=0.0, trailing=True, head_only=True)] = None
-    teacher_logits: Annotated[Tensor | None, PerToken(pad=0.0, trailing=True, head_only=True)] = None
-    teacher_topk_ids: Annotated[Tensor | None, PerToken(pad=-100, trailing=True)] = None
-    teacher_topk_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, trailing=True)] = None
-    loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
 
 
 class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):

@@ -28,7 +28,6 @@ from xloss.losses.value import weighted_value_loss
 from xloss.metrics import Metric
 from xloss.packing import Segments, rows_as_segments
 from xloss.policy.batch import PolicyBatch
-from xloss.policy.kl import KL_ESTIMATOR
 from xloss.stats import StatSpec, TokenStats
 
 _CALL_BUILD = "call build_batches on the contexts of this optimizer step first"
@@ -206,28 +205,10 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         return zero
 
     def twin(self, loss_kwargs: Any) -> LossTwin | None:
-        cfg, kw = self.loss_cfg, loss_kwargs
-        policy: PolicyLossConfig = cfg.policy_loss_cfg
-        known = policy.twin() if self.is_token_local() else None
-        if known is None or self._corrects_in_pass or kw.nll_loss_weight is not None or cfg.full_kl:
-            return None
-        if cfg.use_kl_loss and not cfg.kl_in_kernel(policy.ratio_anchor()):
-            return None
-        loss, numbers = known
-        vectors = {
-            "weight": kw.policy_loss_weight,
-            "advantages": kw.advantages,
-            "old_logprobs": self._anchor(kw),
-            "ref_logprobs": kw.ref_logprobs if cfg.use_kl_loss else None,
-            "kl_weight": kw.kl_loss_weight,
-            "aux_weight": kw.entropy_loss_weight,  # holds the coefficient
-        }
-        numbers["entropy_coef"] = 1.0 if cfg.entropy_coef else 0.0
-        if not cfg.use_kl_loss or cfg.kl_loss_type is None:
-            return LossTwin(loss, numbers, vectors=vectors)
-        assert cfg.kl_loss_type != "full"
-        numbers |= cfg.kl_numbers()
-        return LossTwin(loss, numbers, KL_ESTIMATOR[cfg.kl_loss_type], cfg.kl_loss_grad, vectors)
+        waits = self._corrects_in_pass or loss_kwargs.nll_loss_weight is not None
+        return (
+            None if waits or not self.is_token_local() else self.loss_cfg.twin(loss_kwargs, self._anchor(loss_kwargs))
+        )
 
     def _old(self, kw: Any) -> Tensor | None:
         """The old policy's log-probs; ``None``: the current ones. A correction keeps the sampler's for itself."""

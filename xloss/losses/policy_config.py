@@ -7,6 +7,8 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from xloss.head.backend import LossTwin
+from xloss.losses.grpo_kwargs import GRPOLossKwargs
 from xloss.losses.masked import MaskedLossConfig
 from xloss.losses.nonfinite import NonFinite
 from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
@@ -14,6 +16,7 @@ from xloss.losses.policies.base import Coupling
 from xloss.losses.reduction import Reduction, ReductionOptions
 from xloss.losses.value import ValueLossConfig
 from xloss.losses.xtuner_rollout import AnyRolloutCorrection
+from xloss.policy.kl import KL_ESTIMATOR
 
 
 class PolicyStepConfig(MaskedLossConfig):
@@ -90,3 +93,28 @@ class PolicyStepConfig(MaskedLossConfig):
         if corrects_in_pass and self.rollout_correction is not None and self.rollout_correction.needs_sequences:
             found.setdefault("sequence", "rollout_correction weighs or rejects whole sequences")
         return found
+
+    def twin(self, kw: GRPOLossKwargs, old: Tensor | None) -> LossTwin | None:
+        """The policy term with its KL and entropy as a kernel knows them, ``None`` where no kernel does.
+
+        ``old``: the log-probs that the ratio is taken against; ``None`` is on-policy.
+        """
+        policy: PolicyLossConfig = self.policy_loss_cfg
+        known = policy.twin()
+        if known is None or self.full_kl or (self.use_kl_loss and not self.kl_in_kernel(policy.ratio_anchor())):
+            return None
+        loss, numbers = known
+        vectors = {
+            "weight": kw.policy_loss_weight,
+            "advantages": kw.advantages,
+            "old_logprobs": old,
+            "ref_logprobs": kw.ref_logprobs if self.use_kl_loss else None,
+            "kl_weight": kw.kl_loss_weight,
+            "aux_weight": kw.entropy_loss_weight,  # holds the coefficient
+        }
+        numbers["entropy_coef"] = 1.0 if self.entropy_coef else 0.0
+        if not self.use_kl_loss or self.kl_loss_type is None:
+            return LossTwin(loss, numbers, vectors=vectors)
+        assert self.kl_loss_type != "full"
+        numbers |= self.kl_numbers()
+        return LossTwin(loss, numbers, KL_ESTIMATOR[self.kl_loss_type], self.kl_loss_grad, vectors)

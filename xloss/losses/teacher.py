@@ -13,7 +13,8 @@ from xloss.losses.base import require
 from xloss.policy.divergence import Divergence
 
 if TYPE_CHECKING:
-    from xloss.losses.distill import DistillLossConfig, DistillLossKwargs
+    from xloss.losses.distill import DistillLossConfig
+    from xloss.losses.distill_kwargs import DistillLossKwargs
     from xloss.losses.grpo import GRPOLossConfig
     from xloss.losses.grpo_kwargs import GRPOLossKwargs
 
