@@ -146,8 +146,9 @@ def policy_rows_kernel(logits, out, labels, weight, advantages, old_logprobs, re
         slope = slope * (1.0 - label_smoothing)
         on_lse += label_smoothing * scale_of_row
         on_mean = -label_smoothing * scale_of_row / num_vocab
-    value = value * scale_of_row
-    on_logprob = slope * scale_of_row
+    counts = scale_of_row != 0  # the ratio of a token of weight 0 may overflow
+    value = tl.where(counts, value * scale_of_row, 0.0)
+    on_logprob = tl.where(counts, slope * scale_of_row, 0.0)
     if KL is not None:
         kl_value, kl_slope = formulas.kl_penalty(
             logprob, tl.load(ref_logprobs + row), old, kl_clamp_in, kl_clamp_out, KL, KL_GRAD)  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests import budgets
-from xloss import GRPOLossConfig, OrealLossConfig, RLLossContextInputItem
+from xloss import GRPOLossConfig, GRPOLossContext, OrealLossConfig, RLLossContextInputItem
 
 T, H, V = 23, 8, 131
 PPO = {"policy_loss_cfg": {"loss_type": "ppo"}}
@@ -67,3 +67,29 @@ def test_fused(case: tuple[Any, dict[str, Any], bool, str]) -> None:
         scale = terms if name == "loss" else gold.abs().max()
         error = (ours.double() - gold).abs().max() / scale
         assert error <= budgets.FUSED_RELATIVE[torch.float32], f"{name}: {float(error):.2g}"
+
+
+def test_overflowing_ratio_of_a_rejected_token() -> None:
+    """Weight 0 on the policy term, KL kept: the loss kernel gives what any other ratio there would."""
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(1, 4, 16, generator=g), torch.randn(20, 16, generator=g)
+    policy = {"loss_type": "importance_sampling", "log_ratio_clamp": None}
+    cfg = GRPOLossConfig(policy_loss_cfg=policy, use_kl_loss=True, kl_loss_type="k3", mode="fused")
+
+    def at(far: float) -> tuple[torch.Tensor, ...]:
+        item = RLLossContextInputItem(
+            shifted_labels=torch.tensor([[1, 5, 19, 0]]),
+            advantages=torch.ones(1, 4),
+            old_logprobs=torch.tensor([[-3.0, far, -3.0, -3.0]]),
+            ref_logprobs=torch.full((1, 4), -3.0),
+            is_weights=torch.tensor([[1.0, 0.0, 1.0, 1.0]]),
+        )
+        (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)
+        context = GRPOLossContext(cfg, kwargs)
+        assert context.twin(kwargs) is not None
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss, _ = context.forward(*leaves)
+        return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+    for got, want in zip(at(-200.0), at(-3.0), strict=True):
+        assert torch.equal(got, want) and bool(want.isfinite().all())

@@ -11,7 +11,7 @@ import torch
 
 from tests.property.correction_problem import POISON, problem
 from tests.property.test_rollout_correction import RUNS, assert_same, step
-from xloss import GRPOLossConfig, OrealLossConfig
+from xloss import GRPOLossConfig, GRPOLossContext, OrealLossConfig, RLLossContextInputItem
 from xloss.errors import NonFiniteError
 from xloss.losses.policies import policy_losses
 
@@ -131,3 +131,30 @@ def test_calibrating_again_changes_nothing() -> None:
     ctx.build_batches([ctx(cfg, k) for k in kwargs], case.cu_seq_lens)
     for k, weight in zip(kwargs, first, strict=True):
         assert torch.equal(k.policy_loss_weight, weight)
+
+
+@pytest.mark.parametrize("mode", ["eager", "chunk"])
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "dppo_tv"])
+def test_overflowing_ratio_of_a_rejected_token(name: str, mode: str) -> None:
+    """Weight 0 on the policy term, KL kept: loss and gradients are those with any other ratio there."""
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(1, 4, 8, generator=g), torch.randn(20, 8, generator=g)
+    cfg = GRPOLossConfig(
+        policy_loss_cfg={"loss_type": name, "log_ratio_clamp": None}, use_kl_loss=True, kl_loss_type="k3", mode=mode
+    )
+
+    def at(far: float) -> tuple[torch.Tensor, ...]:
+        item = RLLossContextInputItem(
+            shifted_labels=torch.tensor([[1, 5, 19, 0]]),
+            advantages=torch.ones(1, 4),
+            old_logprobs=torch.tensor([[-3.0, far, -3.0, -3.0]]),
+            ref_logprobs=torch.full((1, 4), -3.0),
+            is_weights=torch.tensor([[1.0, 0.0, 1.0, 1.0]]),
+        )
+        (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss, _ = GRPOLossContext(cfg, kwargs).forward(*leaves)
+        return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+    for got, want in zip(at(-200.0), at(-3.0), strict=True):
+        assert torch.equal(got, want) and bool(want.isfinite().all())

@@ -249,7 +249,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         valid = None if batch.sequences is None else batch.sequences.valid
         policy: PolicyLossConfig = cfg.policy_loss_cfg
         leveled = batch.at(policy.level())
-        loss = policy.per_token(leveled)
+        loss = policy.per_token(leveled if valid is not None else leveled.at_ratio_one(kw.policy_loss_weight == 0))
         masks = cfg.policy_masks(batch)
         for mask in (*masks.values(), valid):
             if mask is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from xloss.packing import Segments
@@ -55,3 +56,16 @@ class PolicyBatch:
         assert self.sequences is not None, "a context hands out sequences with every coupled loss"
         log_ratio = log_ratio_at(level, self.logprobs, self.old_logprobs, self.sequences)
         return replace(self, old_logprobs=self.logprobs - log_ratio)
+
+    def at_ratio_one(self, tokens: Tensor) -> PolicyBatch:
+        """A copy whose old and sampler's log-probs are the current ones at these tokens ``[T]`` bool.
+
+        Tokens of weight 0 (a rejected sample, say) then keep a finite loss and slope, however far their ratio is.
+        """
+        now = self.logprobs.detach()
+        rollout = self.rollout_logprobs
+        return replace(
+            self,
+            old_logprobs=torch.where(tokens, now, self.old_logprobs),
+            rollout_logprobs=None if rollout is None else torch.where(tokens, now, rollout),
+        )
