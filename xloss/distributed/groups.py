@@ -1,4 +1,4 @@
-"""Process groups and meshes: splitting a sequence over ranks, gathering it again, and global denominators."""
+"""Process groups: sums, maxima and gathers over ranks, and what they are where there is one process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -54,22 +53,3 @@ def all_gather_object(value: T, group: dist.ProcessGroup | None = None) -> list[
     found: list[T] = [value] * world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
-
-
-def sp_split(tensor: Tensor, sp_mesh: DeviceMesh, pad: float, axis: int = -1) -> Tensor:
-    """This rank's contiguous part of ``tensor`` along ``axis``, padded with ``pad`` to equal parts."""
-    size, rank = sp_mesh.size(), sp_mesh.get_local_rank()
-    part = -(-tensor.shape[axis] // size)
-    missing = part * size - tensor.shape[axis]
-    if missing:
-        shape = list(tensor.shape)
-        shape[axis] = missing
-        tensor = torch.cat([tensor, tensor.new_full(shape, pad)], dim=axis)
-    return tensor.narrow(axis, rank * part, part).contiguous()
-
-
-def sp_gather(tensor: Tensor, sp_mesh: DeviceMesh) -> Tensor:
-    """The parts ``[.., T]`` of all sequence-parallel ranks joined along the last axis (padding included)."""
-    parts = [torch.empty_like(tensor) for _ in range(sp_mesh.size())]
-    dist.all_gather(parts, tensor.contiguous(), group=sp_mesh.get_group())
-    return torch.cat(parts, dim=-1)
