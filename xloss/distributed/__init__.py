@@ -1,5 +1,6 @@
 """Ranks and meshes: who holds which tokens, and what they exchange."""
 
+from xloss.distributed.agree import agree_plan, together
 from xloss.distributed.groups import (
     all_gather,
     all_gather_object,
@@ -11,6 +12,7 @@ from xloss.distributed.groups import (
 from xloss.distributed.sequence import sp_gather, sp_split
 
 __all__ = [
+    "agree_plan",
     "all_gather",
     "all_gather_object",
     "all_reduce_max",
@@ -18,5 +20,6 @@ __all__ = [
     "default_device",
     "sp_gather",
     "sp_split",
+    "together",
     "world_size",
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from xloss.distributed.agree import rank_named
 from xloss.errors import MissingFieldError, OptionError, UnsupportedError
 from xloss.head import eager, engine, gemm
 from xloss.head.dispatch import Mode, RunOptions, gather_inputs, head_call, plan_call, resolve_mode
@@ -161,6 +162,7 @@ class _Run:
         )
 
 
+@rank_named()
 def forward(
     ctx: Ctx,
     hidden: Tensor,
