@@ -88,7 +88,7 @@ def print_table(console: Console, result: ParallelResult) -> None:
         highlight=False,
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("processes", "data x seq", "resumed from", "first loss", "last loss", "difference", "s"):
+    for column in ("processes", "data x seq", "resumed", "first loss", "last loss", "difference", "s"):
         table.add_column(column, justify="right", no_wrap=True)
     for c in result.curves:
         ranks, origin = f"{c.data_ranks} x {c.sequence_ranks}", str(c.saved_by) if c.start else ""
