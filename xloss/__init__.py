@@ -1,5 +1,6 @@
 """xloss: the loss engine of LLM post-training. Hidden states and a head go in; loss and exact gradients come out."""
 
+from xloss.distributed.vocab import VocabShard
 from xloss.errors import XlossError
 from xloss.head.linear_logprobs import linear_logprobs
 from xloss.losses.base import BaseLossContext
@@ -81,6 +82,7 @@ __all__ = [
     "StatSpec",
     "TokenStats",
     "ValueLossConfig",
+    "VocabShard",
     "XlossError",
     "__version__",
     "explained_variance",

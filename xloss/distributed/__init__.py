@@ -1,6 +1,6 @@
 """Ranks and meshes: who holds which tokens, and what they exchange."""
 
-from xloss.distributed.agree import agree_plan, together
+from xloss.distributed.agree import together
 from xloss.distributed.groups import (
     all_gather,
     all_gather_object,
@@ -12,7 +12,6 @@ from xloss.distributed.groups import (
 from xloss.distributed.sequence import sp_gather, sp_split
 
 __all__ = [
-    "agree_plan",
     "all_gather",
     "all_gather_object",
     "all_reduce_max",

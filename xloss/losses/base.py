@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed.vocab import HeadWeight
 from xloss.errors import MissingFieldError, OptionError
 from xloss.head.backend import LossTwin
 from xloss.head.options import LiveRows
@@ -201,13 +202,13 @@ class BaseLossContext(Generic[InputItem]):
 
     @outside_compile
     def forward(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+        self, hidden_states: Tensor, head_weight: HeadWeight, head_bias: Tensor | None = None
     ) -> tuple[Tensor, LossInfo]:
         """Loss of this micro-batch (its share of the global one) and what was seen on the way.
 
         Args:
             hidden_states: ``[T, H]``, ``[1, T, H]`` or ``[B, S, H]``, leading shape of ``shifted_labels``.
-            head_weight: ``[V, H]``.
+            head_weight: ``[V, H]``; on ranks that share the vocabulary a DTensor ``Shard(0)`` or a ``VocabShard``.
             head_bias: ``[V]`` or ``None``.
 
         Returns:
@@ -224,7 +225,7 @@ class BaseLossContext(Generic[InputItem]):
     def explain(
         self,
         hidden_states: Tensor | None = None,
-        head_weight: Tensor | None = None,
+        head_weight: HeadWeight | None = None,
         head_bias: Tensor | None = None,
     ) -> Plan:
         """What ``forward`` would do with these inputs, and why; ``print`` it. Does none of the work.

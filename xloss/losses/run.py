@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from xloss.distributed.agree import rank_named
+from xloss.distributed.vocab import HeadWeight
 from xloss.errors import MissingFieldError, OptionError, UnsupportedError
 from xloss.head import eager, engine, gemm
-from xloss.head.dispatch import Mode, RunOptions, gather_inputs, head_call, plan_call, resolve_mode
+from xloss.head.dispatch import Mode, RunOptions, gather_inputs, head_call, plan_call, resolve_mode, whole_inputs
 from xloss.head.functions import LinearLogprobs, OnePass, OnePassJob
 from xloss.head.linear_logprobs import spread_stats
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
@@ -38,11 +39,13 @@ class _Run:
         self,
         ctx: Ctx,
         hidden: Tensor,
-        weight: Tensor,
+        weight: HeadWeight,
         bias: Tensor | None,
         kwargs: BaseLossKwargs,
         mode: Mode | None,
         teacher: Teacher | None,
+        *,
+        look_only: bool = False,
     ) -> None:
         cfg = ctx.loss_cfg
         self.ctx = ctx
@@ -51,20 +54,22 @@ class _Run:
         self.run_options: RunOptions = cfg.run_options()
         labels, temperature = ctx.head_labels(kwargs), ctx.head_temperature(kwargs)
         self.inputs: HeadInputs = gather_inputs(
-            hidden, weight, bias, labels, temperature, self.options, self.run_options, ctx.label_field
-        )
-        ctx.vocab_size = weight.shape[0]
+            hidden, weight, bias, labels, temperature, self.options, self.run_options, ctx.label_field,
+            look_only=look_only,
+        )  # fmt: skip
+        ctx.vocab_size = self.inputs.vocab_size
         mode = mode or cfg.mode
         beside: tuple[str, ...] = ()
         if teacher is not None:
-            teacher.check(self.inputs.hidden.shape[0], weight.shape[0], weight.device)
+            teacher = teacher.of_part(self.inputs.part)
+            teacher.check(self.inputs.hidden.shape[0], self.inputs.weight.shape[0], self.inputs.weight.device)
             self.inputs = replace(self.inputs, teacher=teacher)
             mode, beside = _mode_with_teacher(mode)
         elif self.options.stats.divergence:
             raise MissingFieldError(
                 f"{type(ctx).__name__} needs a second distribution: give forward its head or logits"
             )
-        self.mode = resolve_mode(mode, weight.device.type, self.inputs.operand_dtype)
+        self.mode = resolve_mode(mode, self.inputs.weight.device.type, self.inputs.operand_dtype)
         # a chunk of the kwargs (loss_fn called by hand) has rows of its own
         self.rows: LiveRows = ctx.live_rows() if kwargs is ctx.loss_kwargs else type(ctx)(cfg, kwargs).live_rows()
         self.kwargs = kwargs.flat(gemm.accumulate_dtype(self.inputs.operand_dtype))
@@ -166,7 +171,7 @@ class _Run:
 def forward(
     ctx: Ctx,
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadWeight,
     bias: Tensor | None,
     teacher: Teacher | None = None,
     values: Tensor | None = None,
@@ -202,7 +207,7 @@ def _mode_with_teacher(mode: Mode) -> tuple[Mode, tuple[str, ...]]:
 def run_token_loss(
     ctx: Ctx,
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadWeight,
     bias: Tensor | None,
     kwargs: BaseLossKwargs,
     mode: Mode | None = None,
@@ -215,8 +220,9 @@ def run_token_loss(
         return _one_pass(run, plan)
     logits = None
     if plan.kind == "eager":
-        live, z = eager.live_stats(run.inputs, run.options, run.rows)
-        logits = eager.all_logits(run.inputs, run.options, run.rows, z)
+        inputs = whole_inputs(run.inputs, run.options, run.rows, plan)
+        live, z = eager.live_stats(inputs, run.options, run.rows)
+        logits = eager.all_logits(inputs, run.options, run.rows, z)
     else:
         live = _chunked_stats(run, plan)
     loss, token_loss = run.losses(live)
@@ -250,7 +256,7 @@ def _chunked_stats(run: _Run, plan: Plan) -> TokenStats:
     return TokenStats(**dict(zip(DIFFERENTIABLE, values, strict=True)), top1=top1)
 
 
-def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, LossInfo]:
+def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: HeadWeight, bias: Tensor | None) -> tuple[Tensor, LossInfo]:
     """Loss and info of a context with a ``loss_fn`` of its own: whole in eager mode, else chunk by chunk."""
     cfg = ctx.loss_cfg
     if cfg.mode == "fused":
@@ -264,6 +270,7 @@ def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
                 "honour it"
             )
     plan = explain(ctx, hidden, weight, bias)
+    assert isinstance(weight, Tensor)
     if plan.kind == "eager":
         loss, logits, extra = split_result(ctx.loss_fn(hidden, weight, bias, ctx.loss_kwargs))
         parts = [extra]
@@ -282,7 +289,7 @@ def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def explain(
-    ctx: Ctx, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, teacher: Teacher | None = None
+    ctx: Ctx, hidden: Tensor | None, weight: HeadWeight | None, bias: Tensor | None, teacher: Teacher | None = None
 ) -> Plan:
     """The plan ``forward`` would follow; without inputs, what the last one did."""
     if hidden is None or weight is None:
@@ -290,10 +297,15 @@ def explain(
             raise MissingFieldError("explain() needs hidden_states and head_weight before the first forward")
         return ctx.last_plan
     if not ctx.has_own_loss_fn:
-        return _Run(ctx, hidden, weight, bias, ctx.loss_kwargs, None, teacher).plan
+        return _Run(ctx, hidden, weight, bias, ctx.loss_kwargs, None, teacher, look_only=True).plan
     cfg, kwargs = ctx.loss_cfg, ctx.loss_kwargs
     options, run_options = cfg.head_options(StatSpec()), cfg.run_options()
     inputs = gather_inputs(hidden, weight, bias, kwargs.shifted_labels, 1.0, options, run_options, "shifted_labels")
+    if inputs.weight is not weight:
+        raise UnsupportedError(
+            "a custom loss_fn gets plain tensors, and head_weight is on a mesh or a part of a vocabulary; "
+            "define token_loss, which every layout of the head serves"
+        )
     eager_mode = cfg.mode == "eager"
     kind: PlanKind = "eager" if eager_mode else "chunked-autograd"
     reasons = ("a custom loss_fn is differentiated by autograd",)
