@@ -1,6 +1,7 @@
 """Ranks and meshes: who holds which tokens, and what they exchange."""
 
 from xloss.distributed.access import Head, head_weight
+from xloss.distributed.agree import agree_plan, together
 from xloss.distributed.groups import (
     all_gather,
     all_gather_object,
@@ -14,6 +15,7 @@ from xloss.distributed.sequence import sp_gather, sp_split
 
 __all__ = [
     "Head",
+    "agree_plan",
     "all_gather",
     "all_gather_object",
     "all_reduce_max",
@@ -23,5 +25,6 @@ __all__ = [
     "head_weight",
     "sp_gather",
     "sp_split",
+    "together",
     "world_size",
 ]

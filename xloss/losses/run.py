@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from xloss.distributed.agree import rank_named
 from xloss.distributed.vocab import HeadWeight
 from xloss.errors import MissingFieldError, OptionError, UnsupportedError
 from xloss.head import eager, engine, gemm
@@ -166,6 +167,7 @@ class _Run:
         )
 
 
+@rank_named()
 def forward(
     ctx: Ctx,
     hidden: Tensor,
