@@ -17,6 +17,11 @@ BARS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 TINY = 1e-30
 
 
+def badness(error: float) -> float:
+    """What errors are compared by: NaN is the worst of all."""
+    return math.inf if math.isnan(error) else error
+
+
 @dataclass(frozen=True)
 class Errors:
     """Relative errors, the worst of all steps; of gradients the worst parameter's.
@@ -40,33 +45,31 @@ class Errors:
 
     @property
     def worst(self) -> float:
-        """The larger of both."""
-        return max(self.gradient, self.values)
+        """The larger of both; NaN where one is."""
+        return max(self.gradient, self.values, key=badness)
 
 
 def compare(found: Sequence[Outcome], one: Sequence[Outcome], exact: Sequence[Outcome]) -> Errors:
     """``found`` against one process of the same dtype and one in float64, step by step."""
     return max(
         (_compare(*outcomes) for outcomes in zip(found, one, exact, strict=True)),
-        key=lambda errors: _rank(errors.worst),
+        key=lambda errors: badness(errors.worst),
     )
 
 
 def _compare(found: Outcome, one: Outcome, exact: Outcome) -> Errors:
-    gradients = {name: _relative(found.grads[name], grad) for name, grad in one.grads.items() if name in found.grads}
-    parameter = max(gradients, key=lambda name: _rank(gradients[name]))
-    factor, rest = _factor(found.grads[parameter], one.grads[parameter])
+    gradients, gradients64 = _gradients(found, one), _gradients(found, exact)
+    parameter = max(gradients, key=lambda name: badness(gradients[name]))
+    factor, rest = _factor(found.grads.get(parameter), one.grads[parameter])
     values = {
         "the loss": abs(found.loss - one.loss) / max(one.scale, TINY),
         "log-probs": _relative(found.logprobs, one.logprobs),
         **{f"metric {n}": _apart(found.metrics.get(n, math.nan), x) for n, x in one.metrics.items()},
     }
-    value = max(values, key=lambda name: _rank(values[name]))
+    value = max(values, key=lambda name: badness(values[name]))
     return Errors(
         gradient=gradients[parameter],
-        gradient64=max(
-            (_relative(grad, exact.grads[name]) for name, grad in found.grads.items() if name in exact.grads), key=_rank
-        ),
+        gradient64=max(gradients64.values(), key=badness),
         values=values[value],
         parameter=parameter,
         factor=factor,
@@ -75,13 +78,14 @@ def _compare(found: Outcome, one: Outcome, exact: Outcome) -> Errors:
     )
 
 
-def _rank(error: float) -> float:
-    """NaN is the worst of all."""
-    return math.inf if math.isnan(error) else error
+def _gradients(found: Outcome, expected: Outcome) -> dict[str, float]:
+    """Errors by parameter. One that is frozen on one side has none."""
+    names = [n for n, grad in expected.grads.items() if grad is not None and found.grads.get(n, grad) is not None]
+    return {name: _relative(found.grads.get(name), expected.grads[name]) for name in names}
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
+def _relative(found: Tensor | None, expected: Tensor | None) -> float:
+    if found is None or expected is None or found.shape != expected.shape:
         return math.inf
     return relative(found.cpu(), expected.double().cpu())
 
@@ -90,9 +94,9 @@ def _apart(found: float, expected: float) -> float:
     return abs(found - expected) / max(1.0, abs(expected))
 
 
-def _factor(found: Tensor, expected: Tensor) -> tuple[float, float]:
+def _factor(found: Tensor | None, expected: Tensor | None) -> tuple[float, float]:
     """``c`` of the least squares ``found = c expected``, and the relative size of what is left."""
-    if found.shape != expected.shape:
+    if found is None or expected is None or found.shape != expected.shape:
         return math.nan, math.nan
     g, want = found.double().cpu().flatten(), expected.double().cpu().flatten()
     size = float(want @ want)

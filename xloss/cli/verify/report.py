@@ -9,9 +9,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from xloss.cli.verify.verdict import Row
+
+MOST_TOLD = 3  # failures of a layout, on the terminal
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Report:
     world: dict[str, Any]
     shape: dict[str, Any]
     losses: tuple[str, ...]
+    own: str | None
     rows: tuple[Row, ...]
     seconds: dict[str, float]
 
@@ -36,18 +41,23 @@ class Report:
         return [row for row in self.rows if row.verdict == "FAIL"]
 
     @property
+    def skipped(self) -> list[Row]:
+        """The layouts that could not run; their ``note`` says why."""
+        return [row for row in self.rows if row.verdict == "skipped"]
+
+    @property
     def line(self) -> str:
         """What the command ends with."""
-        ran = [row for row in self.rows if row.verdict != "skipped"]
-        skipped = len(self.rows) - len(ran)
-        rest = f"; {skipped} skipped" if skipped else ""
+        ran = [row for row in self.rows if row not in self.skipped]
+        rest = f"; {len(self.skipped)} skipped" if self.skipped else ""
         if not ran:
             return f"FAIL no layout could run{rest}"
         if self.failed:
             return f"FAIL {len(self.failed)} of {len(ran)} layouts: {', '.join(r.layout for r in self.failed)}{rest}"
-        figures = [row.gradient for row in ran if row.gradient is not None and row.allowed == self.rows[0].allowed]
+        exact = min((row.allowed for row in ran if row.allowed is not None), default=None)
+        figures = [row.gradient for row in ran if row.gradient is not None and row.allowed == exact]
         worst = f", gradients equal to one process's to {max(figures):.0e}" if figures else ""
-        return f"PASS {len(ran)} layouts x {len(self.losses)} losses{worst}{rest}"
+        return f"PASS {_count(len(ran), 'layout')}, {_count(len(self.losses), 'loss', 'es')}{worst}{rest}"
 
 
 def to_json(report: Report) -> str:
@@ -60,7 +70,7 @@ def print_table(console: Console, report: Report) -> None:
     """The report on the terminal, right at 80 columns."""
     world, shape = report.world, report.shape
     console.print(
-        f"{world['ranks']} process{'es' * (world['ranks'] > 1)} ({world['backend']}, {world['device']}); "
+        f"{_count(world['ranks'], 'process', 'es')} ({world['backend']}, {world['device']}); "
         f"{shape['tokens']} tokens, V={shape['vocab_size']}, H={shape['hidden_size']}, {shape['dtype']}. "
         f"Losses: {', '.join(report.losses)}."
     )
@@ -82,10 +92,16 @@ def print_table(console: Console, report: Report) -> None:
         "gradient: the worst parameter's |g - g1| / |g1| against one process; float64: against float64; values: "
         "the same of loss, log-probs and metrics."
     )
-    for row in report.failed:
-        console.print(f"[bold red]FAIL[/] [bold]{row.layout}[/]: {row.what}", markup=True)
-        for failure in _shortened(row.failures):
-            console.print(f"  {failure}", soft_wrap=False)
+    for reason in dict.fromkeys(row.note for row in report.skipped):
+        names = ", ".join(row.layout for row in report.skipped if row.note == reason)
+        console.print(f"Skipped: {names}: {reason}.")
+    for failures, rows in _alike(report.failed):
+        what = f": {rows[0].what}" if len(rows) == 1 else ""
+        console.print(Text.assemble(("FAIL ", "bold red"), (", ".join(row.layout for row in rows), "bold"), what))
+        for failure in _shortened(failures):
+            console.print(Padding(failure, (0, 0, 0, 2)))
+        if report.own and rows[0].hint:
+            console.print(Padding(f"Look at: {rows[0].hint}", (0, 0, 0, 2)))
     console.print(report.line, style="bold green" if report.passed else "bold red", soft_wrap=True)
 
 
@@ -95,7 +111,7 @@ STYLES = {"FAIL": "bold red", "skipped": "dim"}
 def cells(row: Row, losses: Sequence[str]) -> tuple[str, ...]:
     """Of one row of the table."""
     if row.verdict == "skipped":
-        return (row.layout, "-", "", "", "", "", f"skipped: {row.note}")
+        return (row.layout, "", "", "", "", "", "skipped")
     ran = (
         "all"
         if len(row.losses) == len(losses)
@@ -111,6 +127,18 @@ def _figure(error: float | None) -> str:
     return "-" if error is None else "0" if error == 0 else f"{error:.1e}"
 
 
-def _shortened(failures: Sequence[str], most: int = 4) -> list[str]:
-    more = len(failures) - most
-    return [*failures[:most], *([f"and {more} more" for _ in range(more > 0)])]
+def _alike(rows: Sequence[Row]) -> list[tuple[tuple[str, ...], list[Row]]]:
+    """Rows that fail in the same words, together."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.failures, []).append(row)
+    return list(found.items())
+
+
+def _shortened(failures: Sequence[str]) -> list[str]:
+    more = len(failures) - MOST_TOLD
+    return [*failures[:MOST_TOLD], *([f"and {more} more (--json has all)"] if more > 0 else [])]
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{plural * (number != 1)}"

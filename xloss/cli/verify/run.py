@@ -39,10 +39,10 @@ def verify(options: VerifyOptions) -> int:
 
 def make_report(options: VerifyOptions, world: World, progress: Console) -> Report:
     """Everything but the printing."""
-    layouts = chosen_layouts(options.layouts)
+    layouts = chosen_layouts(_split(options.layouts))
     shape = shape_of(options, world)
     with tempfile.TemporaryDirectory(prefix="xloss-verify-") as folder, Bars(progress) as bars:
-        losses = tuple(options.losses) or (STANDARD if options.loss is None else ())
+        losses = _split(options.losses) or (STANDARD if options.loss is None else ())
         task = Task(shape, tuple(x.name for x in layouts), losses, options.loss, folder)
         cases = task.cases()
         can = [layout for layout in layouts if not layout.skipped(world.nproc)]
@@ -67,6 +67,7 @@ def make_report(options: VerifyOptions, world: World, progress: Console) -> Repo
             "seed": shape.seed,
         },
         losses=tuple(case.name for case in cases),
+        own=options.loss,
         rows=tuple(rows),
         seconds=bars.seconds,
     )
@@ -78,6 +79,11 @@ def chosen_layouts(names: Sequence[str]) -> list[Layout]:
         if name not in LAYOUTS and name != "all":
             raise CannotRun(unknown_name("--layouts", name, ["all", *LAYOUTS]))
     return [x for x in LAYOUTS.values() if not names or "all" in names or x.name in names]
+
+
+def _split(words: Sequence[str]) -> tuple[str, ...]:
+    """``a b`` and ``a,b`` are the same."""
+    return tuple(name for word in words for name in word.split(",") if name)
 
 
 def choose_world(options: VerifyOptions) -> World:

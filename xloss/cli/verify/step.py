@@ -21,14 +21,19 @@ Cut = tuple[tuple[int, ...], ...]
 """The micro-batches of one process, each some sequences of the global batch."""
 
 
-def full_gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Gradients by the names that the parameters have in the bare model, shards joined; 0 where there is none."""
-    found: dict[str, Tensor] = {}
+def full_gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    """Gradients by the names that the parameters have in the bare model, shards joined.
+
+    0 where nothing reached a parameter, ``None`` where it wants no gradient and has none.
+    """
+    found: dict[str, Tensor | None] = {}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
-            found[name.removeprefix("module.")] = grad.detach().clone()
+        grad = parameter.grad
+        if grad is None and parameter.requires_grad:
+            grad = torch.zeros_like(parameter)
+        if isinstance(grad, DTensor):
+            grad = grad.full_tensor()
+        found[name.removeprefix("module.")] = None if grad is None else grad.detach().clone()
     return found
 
 
@@ -54,7 +59,7 @@ class Setup:
     before: Callable[[int, int], None] = lambda i, n: None
     sp_mesh: DeviceMesh | None = None
     build: dict[str, Any] = field(default_factory=dict)
-    gradients: Callable[[nn.Module], dict[str, Tensor]] = full_gradients
+    gradients: Callable[[nn.Module], dict[str, Tensor | None]] = full_gradients
     group: dist.ProcessGroup | None = None
 
 
@@ -64,7 +69,7 @@ class Outcome:
 
     loss: float
     scale: float
-    grads: dict[str, Tensor]
+    grads: dict[str, Tensor | None]
     logprobs: Tensor
     metrics: dict[str, float]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from xloss.cli.verify.compare import BARS, explain
+from xloss.cli.verify.compare import BARS, badness, explain
 from xloss.cli.verify.layouts import Layout
 from xloss.cli.verify.world import Seen
 
@@ -26,7 +25,7 @@ class Row:
             log-probs and the metrics.
         allowed: what ``gradient`` and ``values`` may be.
         note: why it was skipped, or how it was refused.
-        failures: what is wrong, in words.
+        failures: what is wrong, in words; ``hint``: where to look in a loss of one's own.
     """
 
     layout: str
@@ -40,6 +39,7 @@ class Row:
     allowed: float | None = None
     note: str = ""
     failures: tuple[str, ...] = ()
+    hint: str = ""
 
 
 def row_of(layout: Layout, seen: Sequence[Seen], dtype: torch.dtype, world: int, ended: str = "") -> Row:
@@ -71,6 +71,7 @@ def row_of(layout: Layout, seen: Sequence[Seen], dtype: torch.dtype, world: int,
         allowed=allowed,
         note="refused" if refusals else "",
         failures=tuple(failures),
+        hint=layout.hint,
     )
 
 
@@ -80,4 +81,4 @@ def skipped_row(layout: Layout, reason: str) -> Row:
 
 
 def _max(errors: Sequence[float]) -> float | None:
-    return max(errors, key=lambda e: math.inf if math.isnan(e) else e, default=None)
+    return max(errors, key=badness, default=None)

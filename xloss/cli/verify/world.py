@@ -125,9 +125,12 @@ def run_all(task: Task, world: World, prepared: Tick, tick: Tick) -> tuple[list[
     """
     layouts = [LAYOUTS[name] for name in task.layouts if not LAYOUTS[name].skipped(world.nproc)]
     site, references, cases = task.site(Rank(0, 1, torch.device(world.device))), References(task), task.cases()
-    references.make(site, layouts, cases, prepared)
     seen: list[Seen] = []
     ended: dict[str, str] = {}
+    try:
+        references.make(site, layouts, cases, prepared)
+    except Exception as error:
+        return seen, dict.fromkeys(task.layouts, f"one process raised {type(error).__name__}: {error}")
     for layout in layouts:
         if layout.ranks == 0:
             tick(layout.name)
