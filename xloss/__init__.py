@@ -1,5 +1,6 @@
 """xloss: the loss engine of LLM post-training. Hidden states and a head go in; loss and exact gradients come out."""
 
+from xloss.distributed.access import Head, head_weight
 from xloss.errors import XlossError
 from xloss.head.linear_logprobs import linear_logprobs
 from xloss.losses.base import BaseLossContext
@@ -48,6 +49,7 @@ __all__ = [
     "GRPOLossConfig",
     "GRPOLossContext",
     "GRPOLossKwargs",
+    "Head",
     "LogProbConfig",
     "LogProbContext",
     "LogProbKwargs",
@@ -85,6 +87,7 @@ __all__ = [
     "__version__",
     "explained_variance",
     "finalize_metrics",
+    "head_weight",
     "linear_logprobs",
     "merge_metrics",
     "optimal_value",

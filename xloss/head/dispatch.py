@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xloss import shapes
+from xloss.distributed.routes import check_gradient_route
 from xloss.errors import OptionError, UnsupportedError
 from xloss.head import chunk, gemm
 from xloss.head.backend import HeadBackend, RowBackend
@@ -104,6 +105,8 @@ def gather_inputs(
     shapes.check_positive("logit_scale", options.logit_scale)
     device_type = head_weight.device.type if isinstance(head_weight, Tensor) else "cpu"
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    check_gradient_route(head_weight, "head_weight")
+    check_gradient_route(head_bias, "head_bias")
     shapes.check_head(hidden_states, head_weight, head_bias, autocast)
     shapes.check_labels(labels, hidden_states, label_name)
     lead = hidden_states.shape[:-1]
