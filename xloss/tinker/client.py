@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from xloss import distributed
 from xloss.errors import GraphError, OptionError, UnsupportedError
 from xloss.head.dispatch import Mode
 from xloss.tinker import checkpoints
+from xloss.tinker.async_calls import AsyncCalls
 from xloss.tinker.futures import Future, Ready
 from xloss.tinker.model import LanguageModel, as_language_model
 from xloss.tinker.packs import packs_of
@@ -23,7 +25,7 @@ from xloss.tinker.sampling import SamplingClient
 from xloss.tinker.types import Answers, Returns, adam_of
 
 
-class TrainingClient(Ready):
+class TrainingClient(AsyncCalls, Ready):
     """Trains a local model through Tinker's calls. Every call runs at once and returns a finished ``Future``.
 
     Gradients of ``forward_backward`` calls add up until ``optim_step``. The model's ``train()`` or ``eval()`` mode is
@@ -73,6 +75,7 @@ class TrainingClient(Ready):
         if not parameters:
             raise OptionError("model has no parameter that requires a gradient")
         self._optimizer = torch.optim.AdamW(parameters)
+        self._failed = False
 
     # -- gradients -------------------------------------------------------------------------------------------------
 
@@ -123,15 +126,37 @@ class TrainingClient(Ready):
         if not callable(loss_fn):
             raise OptionError(f"loss_fn must be a function of (data, logprobs); got {type(loss_fn).__name__}")
         packs = packs_of(data, self._max_pack_tokens, self.model.device)
-        with torch.enable_grad():
+        with torch.enable_grad(), self._whole_or_failed():
             return Future(self._answers.output(*run_custom(self.model, self._engine, packs, data, loss_fn)))
 
     def _run(
         self, data: Sequence[Any], loss_fn: str, loss_fn_config: Mapping[str, Any] | None, backward: bool
     ) -> Future[Any]:
         packs = packs_of(data, self._max_pack_tokens, self.model.device)
-        found = run_loss(self.model, self._engine, packs, loss_fn, loss_fn_config, backward)
+        with self._whole_or_failed():
+            found = run_loss(self.model, self._engine, packs, loss_fn, loss_fn_config, backward)
         return Future(self._answers.output(*found))
+
+    @contextmanager
+    def _whole_or_failed(self) -> Iterator[None]:
+        """Gradients of a part of the data must not become a step."""
+        before = [p.grad for p in self._weights_of_steps()]
+        versions = [None if g is None else g._version for g in before]
+        try:
+            yield
+        except BaseException:
+            now = [p.grad for p in self._weights_of_steps()]
+            same = (a is b and (a is None or a._version == v) for a, b, v in zip(before, now, versions, strict=True))
+            self._failed = self._failed or not all(same)
+            raise
+
+    def _weights_of_steps(self) -> list[nn.Parameter]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients so far."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._failed = False
 
     def optim_step(self, optim_params: Any = None, *, adam_params: Any = None) -> Future[Any]:
         """One step of ``torch.optim.AdamW`` on the gradients so far, which are then forgotten.
@@ -148,7 +173,9 @@ class TrainingClient(Ready):
         if (optim_params is None) == (adam_params is None):
             raise OptionError("give AdamParams, as optim_params or as adam_params")
         params = adam_of(adam_params if optim_params is None else optim_params)
-        weights = [p for group in self._optimizer.param_groups for p in group["params"]]
+        weights = self._weights_of_steps()
+        if self._failed:
+            raise GraphError("a forward_backward failed after a part of its data: zero_grad() and run the step anew")
         if all(p.grad is None for p in weights):
             raise GraphError("optim_step without a gradient: call forward_backward first")
         limit = params.grad_clip_norm if params.grad_clip_norm > 0 else float("inf")
@@ -160,7 +187,7 @@ class TrainingClient(Ready):
             weight_decay=params.weight_decay,
         )
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         return Future(self._answers.stepped({"grad_norm": norm}))
 
     # -- weights ---------------------------------------------------------------------------------------------------
@@ -206,7 +233,7 @@ class TrainingClient(Ready):
         found = checkpoints.load(path, self.model.device)
         self.model.load_state_dict(found["model"])
         self._optimizer.state.clear()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         return found
 
     def save_weights_for_sampler(
@@ -250,49 +277,3 @@ class TrainingClient(Ready):
     def get_tokenizer(self) -> Any:
         """The model's tokenizer. Raises ``OptionError`` where it has none."""
         return self.model.get_tokenizer()
-
-    # -- the same, to be awaited -----------------------------------------------------------------------------------
-
-    async def forward_async(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """``forward``."""
-        return self.forward(*args, **kwargs)
-
-    async def forward_backward_async(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """``forward_backward``."""
-        return self.forward_backward(*args, **kwargs)
-
-    async def forward_backward_custom_async(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """``forward_backward_custom``."""
-        return self.forward_backward_custom(*args, **kwargs)
-
-    async def optim_step_async(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """``optim_step``."""
-        return self.optim_step(*args, **kwargs)
-
-    async def save_state_async(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """``save_state``."""
-        return self.save_state(*args, **kwargs)
-
-    async def load_state_async(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """``load_state``."""
-        return self.load_state(*args, **kwargs)
-
-    async def load_state_with_optimizer_async(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """``load_state_with_optimizer``."""
-        return self.load_state_with_optimizer(*args, **kwargs)
-
-    async def save_weights_for_sampler_async(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """``save_weights_for_sampler``."""
-        return self.save_weights_for_sampler(*args, **kwargs)
-
-    async def save_weights_and_get_sampling_client_async(self, *args: Any, **kwargs: Any) -> SamplingClient:
-        """``save_weights_and_get_sampling_client``."""
-        return self.save_weights_and_get_sampling_client(*args, **kwargs)
-
-    async def create_sampling_client_async(self, *args: Any, **kwargs: Any) -> SamplingClient:
-        """``create_sampling_client``."""
-        return self.create_sampling_client(*args, **kwargs)
-
-    async def get_info_async(self) -> Any:
-        """``get_info``."""
-        return self.get_info()

@@ -83,12 +83,14 @@ class LossInputs:
             )
         self._check_names(pack.rows)
         keep = torch.cat([self._mask(row) for row in pack.rows]).to(device)[None]
-        found: dict[str, Any] = {"shifted_labels": targets.masked_fill(~keep, IGNORE)}
+        found: dict[str, Any] = {}
         if several:
             targets = targets if targets.ndim == 3 else targets[..., None]
             counts = keep & (targets != IGNORE).any(-1)
-            found = {"shifted_labels": torch.where(counts, 0, IGNORE), "target_tokens": targets}
+            found["shifted_labels"], found["target_tokens"] = torch.where(counts, 0, IGNORE), targets
             found["target_weights"] = torch.ones_like(targets, dtype=torch.float32)
+        else:
+            found["shifted_labels"] = targets.masked_fill(~keep, IGNORE)
         for given, field in self.fields.items():
             values = self._field(pack, given, field)
             if values is not None:

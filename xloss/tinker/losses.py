@@ -10,13 +10,22 @@ from xloss.losses.catalog import CONFIGS
 from xloss.losses.config import BaseLossConfig
 from xloss.losses.grpo import GRPOLossConfig
 from xloss.losses.mtp import MTPLossConfig
+from xloss.losses.oreal import OrealLossConfig
 from xloss.losses.policies import policy_losses
 from xloss.losses.preference import PreferenceLossConfig
 from xloss.losses.preferences import preference_losses
 from xloss.losses.presets import Preset, presets
 
-TINKER = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
-"""The names of Tinker's documentation, with its numbers."""
+_CLIP = ("clip_low_threshold", "clip_high_threshold")
+TINKER: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (),
+    "importance_sampling": (),
+    "ppo": _CLIP,
+    "cispo": _CLIP,
+    "dro": ("beta",),
+    "gspo": _CLIP,
+}
+"""The names of Tinker's documentation, and the keys of ``loss_fn_config`` of each."""
 _SUM = {"loss_reduction": "sum"}
 _NOT_HERE = {
     "stable_reinforce": "its formula is not public",
@@ -40,8 +49,8 @@ def find_loss(
 ) -> BaseLossConfig:
     """The config of a loss by name.
 
-    Tinker's names have Tinker's defaults; other losses their own, summed over tokens; a preset is what it is, its
-    reduction included, over the data of one call.
+    Tinker's names have Tinker's numbers and defaults, and no others; other losses their own, summed over tokens; a
+    preset is what it is, its reduction included, over the data of one call.
 
     Args:
         loss_fn: one of ``loss_names()``.
@@ -59,6 +68,9 @@ def find_loss(
     for name in _OF_CLIENT:
         if name in given:
             raise OptionError(f"loss_fn_config has {name!r}, which is no number of the loss: the client sets it")
+    for name in given if loss_fn in TINKER else ():
+        if name not in TINKER[loss_fn]:
+            raise OptionError(_unknown_number(loss_fn, name))
     if loss_fn in _NOT_HERE:
         raise UnsupportedError(f"loss_fn {loss_fn!r} cannot be run here: {_NOT_HERE[loss_fn]}")
     config = _preset(loss_fn, several_targets).build(**given, **engine)
@@ -69,6 +81,16 @@ def find_loss(
             f"loss_fn {loss_fn!r} needs a critic or the head of a reference, which the client has not"
         )
     return config
+
+
+def _unknown_number(loss_fn: str, name: str) -> str:
+    known = TINKER[loss_fn]
+    said = (
+        unknown_name(f"number of loss_fn {loss_fn!r}", name, list(known))
+        if known
+        else (f"loss_fn {loss_fn!r} takes no numbers; got {name!r}.")
+    )
+    return f"{said} loss_fn 'tinker/{loss_fn}' takes every field of the config."
 
 
 def _preset(name: str, several_targets: bool) -> Preset:
@@ -92,7 +114,10 @@ def _known() -> dict[str, Preset]:
 
 
 def _registry() -> dict[str, Preset]:
-    """Every loss that the catalog lists, but a critic's, as a sum over tokens (preferences: a mean over pairs)."""
+    """Every loss that the catalog lists, but a critic's, as a sum over tokens.
+
+    Two cannot be a sum: preferences are a mean over pairs, and OREAL is a mean over tokens of each sign.
+    """
     found = {
         name: Preset(name, GRPOLossConfig, {"policy_loss_cfg": {"loss_type": name}, **_SUM}, "", "")
         for name in policy_losses()
@@ -101,5 +126,6 @@ def _registry() -> dict[str, Preset]:
         found[name] = Preset(name, PreferenceLossConfig, {"loss_type": name}, "", "")
     for cls in CONFIGS:
         for form in cls.forms:
-            found[form.name] = Preset(form.name, cls, {**form.fields, **_SUM}, "", "")
+            reduction = {} if cls is OrealLossConfig else _SUM
+            found[form.name] = Preset(form.name, cls, {**form.fields, **reduction}, "", "")
     return found
