@@ -5,6 +5,7 @@ from xloss.distributed.groups import (
     all_gather_object,
     all_reduce_max,
     all_reduce_sum,
+    alone,
     default_device,
     world_size,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "all_gather_object",
     "all_reduce_max",
     "all_reduce_sum",
+    "alone",
     "default_device",
     "sp_gather",
     "sp_split",
