@@ -7,6 +7,7 @@ from xloss.distributed.groups import (
     all_gather_object,
     all_reduce_max,
     all_reduce_sum,
+    alone,
     default_device,
     world_size,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "all_gather_object",
     "all_reduce_max",
     "all_reduce_sum",
+    "alone",
     "check_gradient_route",
     "default_device",
     "head_weight",
