@@ -1,5 +1,9 @@
 """xloss: the loss engine of LLM post-training. Hidden states and a head go in; loss and exact gradients come out."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from xloss.distributed.access import Head, head_weight
 from xloss.distributed.vocab import VocabShard
 from xloss.errors import XlossError
 from xloss.head.linear_logprobs import linear_logprobs
@@ -49,6 +53,7 @@ __all__ = [
     "GRPOLossConfig",
     "GRPOLossContext",
     "GRPOLossKwargs",
+    "Head",
     "LogProbConfig",
     "LogProbContext",
     "LogProbKwargs",
@@ -87,6 +92,7 @@ __all__ = [
     "__version__",
     "explained_variance",
     "finalize_metrics",
+    "head_weight",
     "linear_logprobs",
     "merge_metrics",
     "optimal_value",
@@ -99,3 +105,11 @@ __all__ = [
     "roll_labels",
     "shift_labels",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Rooms that import another framework, on first use: ``xloss.hf``."""
+        if name in ("hf",):
+            return import_module(f"xloss.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

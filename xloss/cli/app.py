@@ -14,6 +14,7 @@ from xloss.cli.errors import CannotRun
 from xloss.cli.info import info
 from xloss.cli.losses import losses
 from xloss.cli.settings import sources
+from xloss.cli.verify import verify
 
 HELP = """Language-model losses from hidden states and an lm_head, without the logits.
 
@@ -31,6 +32,7 @@ app = App(
 app.command(demo)
 app.command(info)
 app.command(losses)
+app.command(verify)
 app.meta.help_flags = []
 app.meta.version_flags = []
 

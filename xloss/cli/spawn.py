@@ -28,6 +28,7 @@ import torch.distributed as dist
 from xloss.distributed import all_gather_object
 
 Backend = Literal["gloo", "nccl"]
+MOMENT = 0.5  # seconds in which others may name a better cause of a failure
 Hear = Callable[[Any], None]
 
 
@@ -148,12 +149,19 @@ def _process_context(module: str) -> Any:
 
 
 def _collect(processes: list[Any], pipes: list[Connection], timeout: float, hear: Hear) -> list[Any]:
-    """Results of all ranks, heard through their pipes until each has sent its own."""
+    """Results of all ranks, heard through their pipes until each has sent its own.
+
+    A rank that fails takes others with it, so that for a moment after the first word of failure all are heard; the
+    cause is a process that died, or else the first to raise.
+    """
     ends = time.monotonic() + timeout
     results: dict[int, Any] = {}
-    waiting = dict(zip(pipes, range(len(pipes)), strict=True))
+    failures: list[tuple[float, RankFailed]] = []
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
     while waiting:
         ready = wait(list(waiting), max(0.0, ends - time.monotonic()))
+        if not ready and failures:
+            break
         if not ready:
             slow = ", ".join(str(rank) for rank in waiting.values())
             raise RankFailed(-1, f"no result within {timeout:g} s from rank{'s' * (len(waiting) > 1)} {slow}")
@@ -164,14 +172,18 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout: float, hear
                 kind, content = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join(5)
-                raise RankFailed(rank, _how_it_died(processes[rank].exitcode)) from None
+                kind, content = "failed", (0.0, _how_it_died(processes[rank].exitcode), "")
             if kind == "told":
                 hear(content)
-            elif kind == "failed":
-                raise RankFailed(rank, *content)
-            else:
+                continue
+            del waiting[pipe]
+            if kind == "result":
                 results[rank] = content
-                del waiting[pipe]
+            else:
+                failures.append((content[0], RankFailed(rank, *content[1:])))
+                ends = min(ends, time.monotonic() + MOMENT)
+    if failures:
+        raise min(failures, key=lambda failure: failure[0])[1]
     return [results[rank] for rank in range(len(pipes))]
 
 
@@ -190,6 +202,9 @@ def _child(
     def send(kind: str, content: Any) -> None:
         sender.send_bytes(pickle.dumps((kind, content)))  # not send: that would share tensors, which die with us
 
+    def fail(error: Exception) -> None:
+        send("failed", (time.time(), f"raised {type(error).__name__}: {error}", traceback.format_exc()))
+
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.nproc))
     if world.backend == "gloo" and "lo" in {name for _, name in socket.if_nameindex()}:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here; a host's name may not resolve
@@ -197,10 +212,12 @@ def _child(
         device = _device(world, rank)
         store = (Path(folder) / "rendezvous").as_uri()
         with _process_group(world, store, rank, world.nproc, device):
-            result = work(Rank(rank, world.nproc, device, lambda event: send("told", event)), *args)
-            send("result", result)
+            try:
+                send("result", work(Rank(rank, world.nproc, device, lambda event: send("told", event)), *args))
+            except Exception as error:  # told before the others notice that this rank is gone
+                fail(error)
     except Exception as error:
-        send("failed", (f"raised {type(error).__name__}: {error}", traceback.format_exc()))
+        fail(error)
 
 
 # -- both --------------------------------------------------------------------------------------------------------------

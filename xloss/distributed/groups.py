@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -16,10 +16,26 @@ Announce = Callable[[str, Tensor], AbstractContextManager[None]]
 
 announced: ContextVar[Announce] = ContextVar("announced", default=lambda name, value: nullcontext())
 """What surrounds each collective of tensors: nothing, or the announcement of ``agree.together``."""
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only one: nothing is exchanged, and sums over ranks are its own.
+
+    For batches whose denominators a framework has counted already, at places that ranks do not reach together.
+    """
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Ranks in ``group`` (default: all), 1 where ``torch.distributed`` is not initialised."""
+    """Ranks in ``group`` (default: all), 1 where ``torch.distributed`` is not initialised, and under ``alone``."""
+    if _ALONE.get():
+        return 1
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 

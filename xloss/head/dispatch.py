@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from xloss import shapes
+from xloss.distributed.routes import check_gradient_route
 from xloss.distributed.same_tokens import check_same_tokens
-from xloss.distributed.vocab import IGNORED, HeadWeight, local_head, whole_rows
+from xloss.distributed.vocab import IGNORED, HeadWeight, VocabShard, local_head, whole_rows
 from xloss.errors import OptionError, UnsupportedError
 from xloss.head import chunk, gemm
 from xloss.head.backend import HeadBackend, RowBackend
@@ -106,6 +107,9 @@ def gather_inputs(
     """Check everything and flatten the token axes. ``look_only``: ranks exchange nothing, the sizes are right."""
     shapes.check_positive("softcap", options.softcap)
     shapes.check_positive("logit_scale", options.logit_scale)
+    rows = (head_weight.weight, head_weight.bias) if isinstance(head_weight, VocabShard) else (head_weight, head_bias)
+    for name, tensor in zip(("head_weight", "head_bias"), rows, strict=True):
+        check_gradient_route(tensor, name)
     head = local_head(hidden_states, head_weight, head_bias, look_only=look_only)
     hidden_states, head_weight, head_bias = head.hidden, head.weight, head.bias
     device_type = head_weight.device.type if isinstance(head_weight, Tensor) else "cpu"

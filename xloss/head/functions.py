@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xloss.distributed.routes import gather_again
 from xloss.errors import GraphError
 from xloss.head import engine
 from xloss.head.backend import Adjoints, LossTwin
@@ -122,6 +123,7 @@ class LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: HeadCall = ctx.call
         hidden, weight, bias, *_ = ctx.saved_tensors
+        gather_again(weight)
         kept, ctx.kept = ctx.kept, []  # a second backward computes the logits again
         acc = {n: g[: call.rows.num_grad] for n, g in zip(DIFFERENTIABLE, grads, strict=False) if g is not None}
         sums = _two_pass_sums(call, (hidden, weight, bias), ctx.needs_input_grad[:3], kept, ctx.exact, acc)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xloss.distributed.agree import rank_named
 from xloss.distributed.vocab import HeadWeight
-from xloss.errors import MissingFieldError, OptionError, UnsupportedError
+from xloss.errors import MissingFieldError, UnsupportedError
 from xloss.head import eager, engine, gemm
 from xloss.head.dispatch import Mode, RunOptions, gather_inputs, head_call, plan_call, resolve_mode, whole_inputs
 from xloss.head.functions import LinearLogprobs, OnePass, OnePassJob
@@ -20,10 +20,10 @@ from xloss.head.plan import Plan, PlanKind
 from xloss.head.runner import ChunkRunner
 from xloss.head.teacher import Teacher
 from xloss.losses.chunked_autograd import run_chunked, split_result
+from xloss.losses.evaluation import Evaluation
 from xloss.losses.info import LossInfo
-from xloss.losses.model import BaseLossKwargs, PerToken
+from xloss.losses.model import BaseLossKwargs
 from xloss.metrics import Metric, merge_metrics
-from xloss.packing import rows_as_segments
 from xloss.stats import DIFFERENTIABLE, StatSpec, TokenStats
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class _Run:
-    """One forward of a token loss: checked inputs, live rows, kwargs as vectors, and the loss evaluated on them."""
+    """One forward of a token loss: checked inputs, live rows, and the loss on their statistics."""
 
     def __init__(
         self,
@@ -49,7 +49,6 @@ class _Run:
     ) -> None:
         cfg = ctx.loss_cfg
         self.ctx = ctx
-        self.local = ctx.is_token_local()
         self.options: HeadOptions = cfg.head_options(ctx.stats_needed() | StatSpec(entropy=cfg.return_entropy))
         self.run_options: RunOptions = cfg.run_options()
         labels, temperature = ctx.head_labels(kwargs), ctx.head_temperature(kwargs)
@@ -72,13 +71,12 @@ class _Run:
         self.mode = resolve_mode(mode, self.inputs.weight.device.type, self.inputs.operand_dtype)
         # a chunk of the kwargs (loss_fn called by hand) has rows of its own
         self.rows: LiveRows = ctx.live_rows() if kwargs is ctx.loss_kwargs else type(ctx)(cfg, kwargs).live_rows()
-        self.kwargs = kwargs.flat(gemm.accumulate_dtype(self.inputs.operand_dtype))
-        self.metrics: list[dict[str, Metric]] = [kwargs.built_metrics]
+        self.on = Evaluation(ctx, kwargs, self.rows, self.inputs.lead, gemm.accumulate_dtype(self.inputs.operand_dtype))
         self.kind, why = self._choose()
         self.reasons: tuple[str, ...] = beside + why
 
     def _choose(self) -> tuple[PlanKind, tuple[str, ...]]:
-        asked, local = self.ctx.loss_cfg.plan, self.local
+        asked, local = self.ctx.loss_cfg.plan, self.on.local
         if asked == "one_pass" and not local:
             raise UnsupportedError(
                 f"plan='one_pass' needs a loss of each token alone; {type(self.ctx).__name__} couples tokens "
@@ -105,53 +103,6 @@ class _Run:
     def plan(self) -> Plan:
         return plan_call(self.inputs, self.options, self.rows, self.kind, self.mode, self.run_options, self.reasons)
 
-    def live_kwargs(self) -> BaseLossKwargs:
-        """Kwargs of live rows, in live order, for token-local losses."""
-        live = self.kwargs.map_tokens(lambda x, _: self.rows.take(x, 0, self.rows.num_live))
-        return live.replaced({"cu_seq_lens": None})
-
-    def whole_kwargs(self) -> BaseLossKwargs:
-        """Kwargs of all rows, 0 where a row is left out: what stands there must not matter, be it NaN.
-
-        The rows of a padded batch become its ``cu_seq_lens``.
-        """
-        index, kwargs, lead = self.rows.index, self.kwargs, self.inputs.lead
-        if kwargs.cu_seq_lens is None and len(lead) == 2 and lead[0] != 1:
-            kwargs = kwargs.replaced({"cu_seq_lens": rows_as_segments(lead, self.inputs.hidden.device)})
-        if index is None:
-            return kwargs
-        keep = torch.zeros(self.rows.total, dtype=torch.bool, device=index.device).index_fill(0, index, True)
-
-        def clean(x: Tensor, mark: PerToken) -> Tensor:
-            if not x.dtype.is_floating_point:
-                return x.masked_fill(~keep, self.ctx.loss_cfg.ignore_idx) if x is kwargs.shifted_labels else x
-            return x.masked_fill(~keep if x.ndim == 1 else ~keep.unsqueeze(1), mark.pad)
-
-        return kwargs.map_tokens(clean)
-
-    def evaluate(self, stats: TokenStats, kwargs: BaseLossKwargs) -> Tensor:
-        """``token_loss`` with its metrics put aside."""
-        out = self.ctx.token_loss(stats, kwargs)
-        loss, metrics = out if isinstance(out, tuple) else (out, {})
-        if not isinstance(loss, Tensor) or loss.ndim > 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise OptionError(f"token_loss must return a scalar or one loss per token; got {shape}")
-        if self.local and loss.shape != stats.lse.shape:
-            raise OptionError(
-                f"token_loss of {type(self.ctx).__name__} must return one loss per token, {tuple(stats.lse.shape)}, "
-                f"as token_local is True; got {tuple(loss.shape)}"
-            )
-        self.metrics.append(metrics)
-        return loss
-
-    def losses(self, live_stats: TokenStats) -> tuple[Tensor, Tensor | None]:
-        """The loss, and losses of live rows where it is a sum over tokens."""
-        if self.local:
-            losses = self.evaluate(live_stats, self.live_kwargs())
-            return losses.sum(), self.rows.spread(losses.detach())
-        loss = self.evaluate(spread_stats(live_stats, self.rows), self.whole_kwargs())
-        return (loss, None) if loss.ndim == 0 else (loss.sum(), loss.detach())
-
     def info(self, loss: Tensor, live_stats: TokenStats, token_loss: Tensor | None, plan: Plan) -> LossInfo:
         """Everything in the shape of the labels."""
         lead = self.inputs.lead
@@ -162,8 +113,8 @@ class _Run:
             logprobs=stats.logprobs,
             lse=stats.lse,
             entropy=stats.entropy,
-            token_loss=None if token_loss is None else token_loss.reshape(lead),
-            metrics=merge_metrics(self.metrics),
+            token_loss=None if token_loss is None else token_loss.detach().reshape(lead),
+            metrics=merge_metrics(self.on.metrics),
         )
 
 
@@ -225,17 +176,17 @@ def run_token_loss(
         logits = eager.all_logits(inputs, run.options, run.rows, z)
     else:
         live = _chunked_stats(run, plan)
-    loss, token_loss = run.losses(live)
+    loss, token_loss = run.on.losses(live)
     info = run.info(loss, live, token_loss, plan)
     info.logits = None if logits is None else logits.reshape(*run.inputs.lead, logits.shape[1])
     return loss, info
 
 
 def _one_pass(run: _Run, plan: Plan) -> tuple[Tensor, LossInfo]:
-    live_kwargs = run.live_kwargs()
+    live_kwargs = run.on.live_kwargs()
 
     def loss_of(start: int, stop: int, stats: TokenStats) -> Tensor:
-        return run.evaluate(stats, live_kwargs.map_tokens(lambda x, _: x[start:stop]))
+        return run.on.evaluate(stats, live_kwargs.map_tokens(lambda x, _: x[start:stop]))
 
     call = head_call(run.inputs, run.options, run.rows, plan, run.run_options)
     empty = torch.empty(0, dtype=gemm.accumulate_dtype(run.inputs.operand_dtype), device=run.inputs.hidden.device)
@@ -243,7 +194,7 @@ def _one_pass(run: _Run, plan: Plan) -> tuple[Tensor, LossInfo]:
     loss = OnePass.apply(run.inputs.hidden, run.inputs.weight, run.inputs.bias, call, job)
     assert job.stats is not None
     if not job.losses:  # nothing is live: the metrics still have their names, on every rank
-        job.losses.append(run.evaluate(job.stats, live_kwargs))
+        job.losses.append(run.on.evaluate(job.stats, live_kwargs))
     return loss, run.info(loss, job.stats, run.rows.spread(job.token_losses()), plan)
 
 

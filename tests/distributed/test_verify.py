@@ -1,0 +1,124 @@
+"""``xloss verify`` over two processes (gloo).
+
+Contract: right layouts pass, and exit status is 0; a bug planted in the calibration fails, with exit status 1, in the
+layouts that it breaks and in no other, and is told in words; it runs the same in processes that torchrun started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from xloss import CELossContext, distributed
+from xloss.cli import app
+from xloss.losses import calibration
+
+pytestmark = pytest.mark.distributed
+LAYOUTS = "packing micro-batches ddp-no-sync fsdp2-root"
+
+
+def run(arguments: str) -> tuple[int, str]:
+    """Exit status and stdout of a command."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        app.meta(arguments.split())
+    return int(stop.value.code or 0), out.getvalue()
+
+
+def rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["layout"]: row for row in report["rows"]}
+
+
+def test_right_layouts_pass() -> None:
+    status, out = run(f"verify --nproc 2 --layouts {LAYOUTS} --losses ce gspo --json")
+    report = json.loads(out)
+    assert status == 0 and report["verdict"]["passed"]
+    assert list(rows(report)) == ["packing", "micro-batches", "ddp-no-sync", "fsdp2-root"]
+    for row in report["rows"]:
+        assert (row["verdict"], row["losses"], row["failures"]) == ("PASS", ["ce", "gspo"], [])
+        assert max(row["gradient"], row["values"]) <= row["allowed"] == 1e-6
+    assert [row["ranks"] for row in report["rows"]] == [1, 1, 2, 2]
+
+
+def test_too_few_processes_is_skipped_and_not_passed() -> None:
+    status, out = run("verify --nproc 1 --layouts uneven-ranks --losses ce --json")
+    (row,) = json.loads(out)["rows"]
+    assert (row["verdict"], row["note"], status) == ("skipped", "needs 2 processes", 1)
+
+
+# -- planted bugs ------------------------------------------------------------------------------------------------------
+
+
+def mean_of_means(cls: Any, kwargs_list: Any, loss_cfg: Any, cu_seq_lens_list: Any, sp_mesh: Any) -> None:
+    for kwargs in kwargs_list:
+        valid = kwargs.shifted_labels != loss_cfg.ignore_idx
+        kwargs.loss_weight = valid / valid.sum().clamp(min=1) / len(kwargs_list)
+
+
+@contextlib.contextmanager
+def planted(bug: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if bug == "gradient factor":
+            patch.setattr(calibration, "gradient_factor", lambda grad_reduce: 1.0)
+        elif bug == "missing all-reduce":
+            patch.setattr(distributed, "all_reduce_sum", lambda value, group=None: value)
+        elif bug == "mean of means":
+            patch.setattr(CELossContext, "calibrate", classmethod(mean_of_means))
+        yield
+
+
+BUGS = ("none", "gradient factor", "missing all-reduce", "mean of means")
+
+
+def worker(rank: int, folder: str, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for bug, port in zip(BUGS, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        with planted(bug):
+            status, out = run(f"verify --layouts {LAYOUTS} --losses ce --json")
+        Path(folder, f"{bug}-{rank}.json").write_text(json.dumps({"status": status, "out": out}))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What both processes of a world printed and returned, for each bug."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in BUGS]
+        for s in free:
+            s.bind(("localhost", 0))
+        ports = [s.getsockname()[1] for s in free]
+    mp.spawn(worker, args=(str(folder), ports), nprocs=2)
+    return {bug: [json.loads((folder / f"{bug}-{rank}.json").read_text()) for rank in range(2)] for bug in BUGS}
+
+
+@pytest.mark.parametrize(
+    ("bug", "failing"),
+    [
+        ("none", []),
+        ("gradient factor", ["ddp-no-sync", "fsdp2-root"]),
+        ("missing all-reduce", ["ddp-no-sync", "fsdp2-root"]),
+        ("mean of means", ["micro-batches", "ddp-no-sync", "fsdp2-root"]),
+    ],
+)
+def test_planted_bugs_fail(ranks: dict[str, list[dict[str, Any]]], bug: str, failing: list[str]) -> None:
+    first, second = ranks[bug]
+    assert first["status"] == second["status"] == bool(failing)
+    assert second["out"] == ""  # the first rank speaks for all
+    report = json.loads(first["out"])
+    assert report["verdict"]["failed"] == failing
+    assert all(name in report["verdict"]["line"] for name in failing)
+    if bug == "gradient factor":
+        said = " ".join(rows(report)["ddp-no-sync"]["failures"])
+        assert "2x too small: divided by the number of ranks once too often" in said

@@ -1,0 +1,122 @@
+"""Layouts of data parallelism: DDP and FSDP2, with the head wherever people put it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from xloss.cli.verify.layouts import Site, Variants, dealt, layout
+from xloss.cli.verify.problem import Kind, SmallLM
+from xloss.cli.verify.step import Setup
+
+MICRO_BATCHES = 3
+
+
+def _my_cut(site: Site, micro_batches: int = MICRO_BATCHES) -> Any:
+    return dealt(site, site.rank.world, site.rank.rank, micro_batches)
+
+
+def _ddp(site: Site, model: SmallLM) -> DistributedDataParallel:
+    return DistributedDataParallel(model, device_ids=[site.rank.device] if site.rank.device.type == "cuda" else None)
+
+
+def _ddp_last(module: nn.Module) -> Callable[[int, int], None]:
+    """Reduce gradients in the last micro-batch only: what ``no_sync`` sets."""
+
+    def before(i: int, n: int) -> None:
+        module.require_backward_grad_sync = i == n - 1  # type: ignore[assignment]
+
+    return before
+
+
+def _fsdp_last(module: nn.Module) -> Callable[[int, int], None]:
+    def before(i: int, n: int) -> None:
+        assert isinstance(module, FSDPModule)
+        module.set_requires_gradient_sync(i == n - 1)
+
+    return before
+
+
+def shard(model: SmallLM, units: list[Any], **options: Any) -> SmallLM:
+    """FSDP2: each block a unit, then ``units``, then what is left in the root."""
+    for block in model.blocks:
+        fully_shard(block, **options)
+    for unit in units:
+        fully_shard(unit, **options)
+    fully_shard(model, **options)
+    return model
+
+
+@layout(
+    "ddp",
+    "DDP, gradients reduced in every micro-batch",
+    ranks=1,
+    hint="engines average gradients over the ranks: weights must hold gradient_factor(grad_reduce) of "
+    "xloss.losses.calibration, and their denominator the tokens of all ranks.",
+)
+def ddp(site: Site) -> Variants:
+    """The plainest engine."""
+    yield "", Setup(_ddp(site, site.model()), _my_cut(site))
+
+
+@layout("ddp-no-sync", "DDP, gradients reduced in the last micro-batch", ranks=1)
+def ddp_no_sync(site: Site) -> Variants:
+    """Gradient accumulation with ``no_sync``."""
+    module = _ddp(site, site.model())
+    yield "", Setup(module, _my_cut(site), before=_ddp_last(module))
+
+
+@layout("uneven-ranks", "DDP, rank r has r + 1 micro-batches", ranks=2)
+def uneven_ranks(site: Site) -> Variants:
+    """Ranks with different numbers of micro-batches."""
+    module = _ddp(site, site.model())
+    most = site.batch.num_pairs // site.rank.world
+    yield "", Setup(module, _my_cut(site, min(site.rank.rank + 1, most)), before=_ddp_last(module))
+
+
+@layout("empty-rank", "FSDP2, the last rank has nothing but a prompt without labels", ranks=2)
+def empty_rank(site: Site) -> Variants:
+    """It takes part in every collective, and counts nowhere."""
+    world, rank = site.rank.world, site.rank.rank
+    last = site.batch.num_pairs - 1  # the prompt without labels
+    mine = [last] if rank == world - 1 else list(range(last))[rank :: world - 1]
+    cut = (tuple(i for pair in mine for i in (2 * pair, 2 * pair + 1)),)
+    yield "", Setup(shard(site.model(), []), cut)
+
+
+@layout("fsdp2-root", "FSDP2, the head in the root's unit", ranks=1)
+def fsdp2_root(site: Site) -> Variants:
+    """What a plain ``fully_shard(model)`` gives."""
+    yield "", Setup(shard(site.model(), []), _my_cut(site))
+
+
+@layout("fsdp2-no-reshard", "FSDP2, weights kept gathered from forward to backward", ranks=1)
+def fsdp2_no_reshard(site: Site) -> Variants:
+    """``reshard_after_forward=False`` everywhere, the head in one unit with the norm."""
+    model = site.model()
+    yield "", Setup(shard(model, [[model.norm, model.lm_head]], reshard_after_forward=False), _my_cut(site))
+
+
+@layout("fsdp2-tied", "FSDP2, the head is the embedding", ranks=1, kind=Kind(tied=True))
+def fsdp2_tied(site: Site) -> Variants:
+    """One weight, two gradients that add."""
+    yield "", Setup(shard(site.model(Kind(tied=True)), []), _my_cut(site))
+
+
+@layout("fsdp2-no-sync", "FSDP2, gradients reduced in the last micro-batch", ranks=1)
+def fsdp2_no_sync(site: Site) -> Variants:
+    """``set_requires_gradient_sync``."""
+    module = shard(site.model(), [])
+    yield "", Setup(module, _my_cut(site), before=_fsdp_last(module))
+
+
+@layout("fsdp2-bf16", "FSDP2, computed in bfloat16, reduced in float32", ranks=1, compute=torch.bfloat16)
+def fsdp2_bf16(site: Site) -> Variants:
+    """``MixedPrecisionPolicy``; compared with one process that computes in bfloat16."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    yield "", Setup(shard(site.model(), [], mp_policy=policy), _my_cut(site))
