@@ -106,7 +106,8 @@ def test_explain(ranks: list[dict[str, Any]]) -> None:
 
 
 SAID = {
-    "fsdp": "UnsupportedError: head_weight is split over 3 ranks .* labels differ: .*inside xloss.head_weight",
+    "fsdp": "UnsupportedError: head_weight is a shard of fully_shard's .* `with xloss.head_weight",
+    "tokens": "UnsupportedError: head_weight is shared by 3 ranks, .* labels, hidden states differ: .* FSDP",
     "lengths": r"calls, labels, hidden states differ \(hidden_states by rank: \(13, 4\), \(12, 4\), \(11, 4\)",
     "hidden": "their hidden states differ: .*inside xloss.head_weight",
     "replicated": "their hidden states differ",

@@ -127,6 +127,7 @@ def messages(mesh: DeviceMesh, contexts: dict[str, Any], rank: int) -> dict[str,
     linear = fully_shard(nn.Linear(H, V, bias=False).double(), mesh=mesh)
     tries: dict[str, Callable[[], Any]] = {
         "fsdp": lambda: contexts["other"].forward(x["hidden"], linear.weight),
+        "tokens": lambda: contexts["other"].forward(x["hidden"], sharded(x["weight"], Shard(0))),
         "lengths": lambda: linear_logprobs(
             x["hidden"][:, rank:], sharded(x["weight"], Shard(0)), x["labels"][:, rank:]
         ),
