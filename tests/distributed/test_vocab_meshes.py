@@ -8,7 +8,11 @@ them, and splits with gaps are refused on every rank, with the remedy.
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from torch import nn
 from tests import budgets
 from tests.distributed import vocab_meshes, vocab_ranks
 from tests.distributed.vocab_meshes import EMPTY_V, WORLD, V, context, problem
+from tests.docs.test_readme_and_docs import blocks
 from xloss import linear_logprobs
 
 pytestmark = pytest.mark.distributed
@@ -103,6 +108,9 @@ def test_explain(ranks: list[dict[str, Any]]) -> None:
         assert f"why    the vocabulary is split over 3 ranks, rank {rank} holds {rows}\n" in said
         assert "a chunk's statistics are one gather of 3 numbers a token, its hidden gradient one sum of 4" in said
         assert "H=4 V=3," in said
+    page = (Path(__file__).resolve().parents[2] / "docs" / "vocab-parallel.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- explained -->\n```text\n")[1].split("\n```")[0]
+    assert all(f"  {line}\n" in ranks[0]["rows-sequence-plain"]["plan"] for line in shown.splitlines())
 
 
 SAID = {
@@ -136,3 +144,16 @@ def test_refused_on_every_rank(ranks: list[dict[str, Any]], name: str) -> None:
     for rank, seen in enumerate(ranks):
         said = seen["messages"][name]
         assert re.search(SAID[name], said), f"rank {rank}: {said}"
+
+
+def test_page_shows_what_two_ranks_print(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "vocab-parallel.md").read_text(encoding="utf-8")
+    (block,) = blocks(page)
+    script = tmp_path / "two_ranks.py"
+    script.write_text(block.code, encoding="utf-8")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert f"```text\n{done.stdout}```" in page
