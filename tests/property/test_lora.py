@@ -208,5 +208,5 @@ def test_refused() -> None:
             raise AssertionError("not reached")
 
     ctx = Own(CELossConfig(), context(CELossConfig(), labels).loss_kwargs)
-    with pytest.raises(UnsupportedError, match="or has adapters; define token_loss"):
+    with pytest.raises(UnsupportedError, match="or has adapters: define token_loss"):
         ctx.forward(hidden, LoraWeight(weight, (Lora(a, b),)))

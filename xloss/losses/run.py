@@ -254,7 +254,7 @@ def explain(
     inputs = gather_inputs(hidden, weight, bias, kwargs.shifted_labels, 1.0, options, run_options, "shifted_labels")
     if inputs.weight is not weight:
         raise UnsupportedError(
-            "a custom loss_fn gets plain tensors, and head_weight is on a mesh, a part of a vocabulary or has adapters; "
+            "a custom loss_fn gets a plain weight; head_weight is on a mesh, a part of a vocabulary or has adapters: "
             "define token_loss, which every layout of the head serves"
         )
     eager_mode = cfg.mode == "eager"
