@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xloss import LossInfo, linear_logprobs
+from xloss import LossInfo, head_weight, linear_logprobs
 
 IGNORED = -100
 EPS = 1e-6  # of the norms: torch's default differs between dtypes, and so would their results
@@ -94,18 +94,23 @@ class SmallLM(nn.Module):
     def forward(self, ids: Tensor, loss_ctx: Any) -> tuple[Tensor, LossInfo]:
         """Loss of one micro-batch."""
         hidden = self.hidden_states(ids)
-        loss: tuple[Tensor, LossInfo] = loss_ctx(hidden, self.lm_head.weight, self.lm_head.bias)
+        with head_weight(self.lm_head) as head:
+            loss: tuple[Tensor, LossInfo] = loss_ctx(hidden, *head)
         return loss
 
 
 @torch.no_grad()
 def build_model(
-    shape: Shape, device: torch.device | str, dtype: torch.dtype | None = None, kind: Kind = PLAIN
+    shape: Shape,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    kind: Kind = PLAIN,
+    cls: type[SmallLM] = SmallLM,
 ) -> SmallLM:
     """The same weights in every process: drawn in float32 on the CPU, logits of about unit scale."""
     generator = torch.Generator().manual_seed(shape.seed)
     with torch.device("meta"):
-        model = SmallLM(shape, kind)
+        model = cls(shape, kind)
     model = model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         scale = 1.0 if name == "embedding.weight" and not kind.tied else shape.hidden_size**-0.5

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from xloss import finalize_metrics
+from xloss import LossInfo, finalize_metrics
 from xloss.cli.verify.cases import LossCase
 from xloss.cli.verify.problem import GlobalBatch, weights_move
 
@@ -42,13 +42,14 @@ class Setup:
     """A model as a layout wraps it, and this rank's part of the batch.
 
     Args:
-        module: called as ``module(ids, loss_ctx)``.
+        module: called as ``module(ids, loss_ctx)``, unless ``call`` is given.
         cut: this rank's micro-batches.
         packed: whether they are packed, or padded rows.
         options: replaced in the loss's config.
         before: called with ``(i, n)`` before micro-batch ``i`` of ``n``: where an engine is told when to reduce.
         build: arguments of ``build_batches_loss_kwargs`` beside items, config and bounds.
         gradients: how to read them.
+        call: what to call in the place of ``module``.
         group: ranks that hold distinct tokens; ``None``: all.
     """
 
@@ -60,6 +61,7 @@ class Setup:
     sp_mesh: DeviceMesh | None = None
     build: dict[str, Any] = field(default_factory=dict)
     gradients: Callable[[nn.Module], dict[str, Tensor | None]] = full_gradients
+    call: Callable[[Tensor, Any], tuple[Tensor, LossInfo]] | None = None
     group: dist.ProcessGroup | None = None
 
 
@@ -102,7 +104,7 @@ def _step(setup: Setup, case: LossCase, batch: GlobalBatch) -> Outcome:
     metrics = []
     for i, loss_kwargs in enumerate(built):
         setup.before(i, len(built))
-        loss, info = setup.module(ids[i], context(config, loss_kwargs))
+        loss, info = (setup.call or setup.module)(ids[i], context(config, loss_kwargs))
         loss.backward()
         total += loss.detach().double().cpu()
         scale += (loss if info.token_loss is None else info.token_loss).detach().abs().sum().double().cpu()

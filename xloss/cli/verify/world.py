@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from xloss.cli.spawn import Rank, RankFailed, World, launched, run_ranks
-from xloss.cli.verify import alone, data_parallel
+from xloss.cli.verify import alone, data_parallel, refused
 from xloss.cli.verify.cases import LossCase, find_cases
 from xloss.cli.verify.compare import Errors, compare
 from xloss.cli.verify.layouts import LAYOUTS, ONE, Layout, Site, in_float64, one_process
@@ -18,7 +18,7 @@ from xloss.cli.verify.problem import Shape, build_batch
 from xloss.cli.verify.step import Outcome, take_steps
 from xloss.errors import XlossError
 
-ROOMS = (alone, data_parallel)  # importing them fills the registry
+ROOMS = (alone, data_parallel, refused)  # importing them fills the registry
 Tick = Callable[[str], None]
 
 
