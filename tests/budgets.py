@@ -139,3 +139,6 @@ KERNEL_SAME = {"rtol": 2e-5, "atol": 2e-6}  # two kernels for one gradient
 def kernel_logits(base: float, max_logit: float) -> float:
     """`base` and the rounding of logits (or of an lse) of this size to float32, an error on every p."""
     return base + 2.0**-22 * max_logit
+
+
+F64_STEP = 5e-7  # a step in float64, relative: weights of tokens, and norms inside models, are kept in float32

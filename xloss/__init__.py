@@ -1,6 +1,10 @@
 """xloss: the loss engine of LLM post-training. Hidden states and a head go in; loss and exact gradients come out."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from xloss.distributed.access import Head, head_weight
+from xloss.distributed.vocab import VocabShard
 from xloss.errors import XlossError
 from xloss.head.linear_logprobs import linear_logprobs
 from xloss.losses.base import BaseLossContext
@@ -83,6 +87,7 @@ __all__ = [
     "StatSpec",
     "TokenStats",
     "ValueLossConfig",
+    "VocabShard",
     "XlossError",
     "__version__",
     "explained_variance",
@@ -100,3 +105,11 @@ __all__ = [
     "roll_labels",
     "shift_labels",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Rooms that import another framework, on first use: ``xloss.hf``."""
+        if name in ("hf",):
+            return import_module(f"xloss.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -72,6 +72,12 @@ class GraphError(XlossError, RuntimeError):
     code = "graph"
 
 
+class RankError(XlossError, RuntimeError):
+    """Another rank raised, or ranks do not do the same; the message says which rank, and what."""
+
+    code = "rank"
+
+
 CODES: tuple[str, ...] = tuple(
     cls.code
     for cls in (
@@ -85,6 +91,7 @@ CODES: tuple[str, ...] = tuple(
         OptionError,
         UnsupportedError,
         GraphError,
+        RankError,
     )
 )
 

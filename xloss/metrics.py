@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Literal
 
 import torch
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xloss.distributed import all_gather, all_gather_object, default_device, world_size
+from xloss.distributed.agree import by_rank, digest, ranks_text
 from xloss.errors import OptionError
 
 Reducer = Literal["sum", "mean", "std", "ess", "max", "min"]
@@ -146,14 +146,14 @@ _Layout = dict[str, tuple[Reducer, int, bool]]
 def _over_ranks(merged: dict[str, Metric], group: dist.ProcessGroup | None) -> dict[str, Metric]:
     """``merged`` of all ranks of ``group`` as one."""
     layout: _Layout = {n: (m.reducer, m.value.numel(), m.count is not None) for n, m in sorted(merged.items())}
-    digest = int.from_bytes(sha256(repr(layout).encode()).digest()[:6], "big")  # exact in float64
+    own = digest(layout)
     numbers = [t for n in layout for t in (merged[n].value, merged[n].count) if t is not None]
     device = numbers[0].device if numbers else default_device(group)
-    head = torch.full((1,), digest, dtype=torch.float64, device=device)
+    head = torch.full((1,), own, dtype=torch.float64, device=device)
     row = torch.cat([head, *(t.to(torch.float64).reshape(-1) for t in numbers)])
     row = torch.nn.functional.pad(row, (0, -row.numel() % _BLOCK))
     rows = all_gather(row[:_BLOCK], group)
-    if bool((rows[:, 0] != digest).any()):  # which every rank sees
+    if bool((rows[:, 0] != own).any()):  # which every rank sees
         _raise_differing(layout, group)
     if row.numel() > _BLOCK:
         rows = torch.cat([rows, all_gather(row[_BLOCK:], group)], 1)
@@ -169,10 +169,14 @@ def _over_ranks(merged: dict[str, Metric], group: dist.ProcessGroup | None) -> d
 def _raise_differing(layout: _Layout, group: dist.ProcessGroup | None) -> None:
     layouts: list[_Layout] = all_gather_object(layout, group)
     names = sorted({name for each in layouts for name in each})
-    differing = [name for name in names if len({each.get(name) for each in layouts}) > 1]
-    lacking = {rank: [n for n in names if n not in each] for rank, each in enumerate(layouts)}
-    told = "; ".join(f"rank {rank} lacks {missing}" for rank, missing in lacking.items() if missing)
+    holders: dict[tuple[str, ...], list[int]] = {}
+    for rank, each in enumerate(layouts):
+        holders.setdefault(tuple(n for n in names if n not in each), []).append(rank)
+    told = [f"{ranks_text(r, group)} {'lack' if r[1:] else 'lacks'} {list(n)}" for n, r in holders.items() if n]
+    for name in names:
+        kinds = {rank: f"{each[name][0]}[{each[name][1]}]" for rank, each in enumerate(layouts) if name in each}
+        if len(set(kinds.values())) > 1:
+            told.append(f"{name} is {by_rank(kinds, group)}")
     raise OptionError(
-        "finalize_metrics needs the same metrics on every rank, with the same reducers: "
-        + (told or f"{differing} differ in theirs")
+        f"finalize_metrics needs the same metrics on every rank, with the same reducers: {'; '.join(told)}"
     )

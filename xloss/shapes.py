@@ -12,10 +12,12 @@ from xloss.errors import DeviceError, DtypeError, LabelError, OptionError, Shape
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_head(hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, autocast: bool) -> None:
+def check_head(
+    hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, autocast: bool, least_rows: int = 1
+) -> None:
     """``hidden_states [.., H]``, ``head_weight [V, H]``, ``head_bias [V]`` of one float dtype and one device.
 
-    Under autocast their dtypes may differ: all are cast to autocast's.
+    Under autocast their dtypes may differ: all are cast to autocast's. ``least_rows``: the least V.
     """
     named = {"hidden_states": hidden_states, "head_weight": head_weight}
     if head_bias is not None:
@@ -24,7 +26,7 @@ def check_head(hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | N
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
         if hasattr(tensor, "device_mesh"):
-            raise UnsupportedError(f"{name} is a DTensor; give the local tensor, gathered where the head is sharded")
+            raise UnsupportedError(f"{name} is a DTensor and head_weight is not; give both in one form")
         if tensor.dtype not in FLOATS:
             raise DtypeError(f"{name} must be one of {', '.join(map(str, FLOATS))}; got {tensor.dtype}")
         if tensor.dtype != head_weight.dtype and not autocast:
@@ -34,8 +36,8 @@ def check_head(hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | N
             )
         if tensor.device != head_weight.device:
             raise DeviceError(f"{name} is on {tensor.device} but head_weight is on {head_weight.device}")
-    if head_weight.ndim != 2 or head_weight.shape[0] < 1:
-        raise ShapeError(f"head_weight must be [V, H] with V >= 1; got {tuple(head_weight.shape)}")
+    if head_weight.ndim != 2 or head_weight.shape[0] < least_rows:
+        raise ShapeError(f"head_weight must be [V, H] with V >= {least_rows}; got {tuple(head_weight.shape)}")
     if hidden_states.ndim not in (2, 3) or hidden_states.shape[-1] != head_weight.shape[1]:
         raise ShapeError(
             f"hidden_states must be [T, H] or [B, S, H] with H = {head_weight.shape[1]} of head_weight; "

@@ -147,7 +147,7 @@ def test_ranks_are_one_process(ranks: list[dict[str, Any]], name: str) -> None:
 def test_differing_metrics_raise_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
         assert "rank 0 lacks ['extra']" in seen["errors"]["name"]
-        assert "['max'] differ" in seen["errors"]["reducer"]
+        assert "max is max[1] on rank 0 and min[1] on rank 1" in seen["errors"]["reducer"]
         assert "rank 0 lacks ['many_0'" in seen["errors"]["many"]
         assert "rank 1 lacks ['ess', 'max'" in seen["errors"]["none"]
 

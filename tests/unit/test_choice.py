@@ -217,7 +217,7 @@ def test_memory_of_a_plan_without_logits() -> None:
     narrow = make_plan(request(kernels="no_logits", logits_budget=partials))
     assert narrow.strip_columns == 1280 and narrow.logits_bytes == partials == 24 * 126 * 8192
     assert make_plan(forward(logits_budget=0)).logits_bytes == partials
-    assert [s.stop - s.start for s in plan.strips()] == [4096] * 31 + [V - 31 * 4096]
+    assert [s.stop - s.start for s in plan.strips(V)] == [4096] * 31 + [V - 31 * 4096]
 
 
 def test_main_grad_saves_the_buffer_in_two_passes() -> None:

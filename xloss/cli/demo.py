@@ -29,6 +29,10 @@ def demo(*, options: DemoOptions = DemoOptions()) -> int:  # noqa: B008 (frozen)
     xloss (loss, gradients against float64, peak memory, time), and cuts one batch in several ways. Writes demo.json,
     demo.md and plots. Exit status 0 if everything held, 1 if not.
     """
+    if options.parallel:
+        from xloss.cli.parallel.demo import parallel_demo  # FSDP and checkpoints take a second to import
+
+        return parallel_demo(options)
     sizes, notes = choose_sizes(options)
     notes += busy_machine()
     try:

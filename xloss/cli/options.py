@@ -49,6 +49,8 @@ class DemoOptions:
     """Seed of everything random."""
     json: Flag = False
     """Print demo.json to stdout, and nothing else."""
+    parallel: Literal["fsdp2"] | None = None
+    """Instead: train on 1, 2 and 4 processes, or torchrun's; compare, resume."""
     quick: Flag = False
     """A look in seconds: 1024 tokens, 8 steps, 32768 words, hidden size 64."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -9,10 +12,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+Announce = Callable[[str, Tensor], AbstractContextManager[None]]
+
+announced: ContextVar[Announce] = ContextVar("announced", default=lambda name, value: nullcontext())
+"""What surrounds each collective of tensors: nothing, or the announcement of ``agree.together``."""
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only one: nothing is exchanged, and sums over ranks are its own.
+
+    For batches whose denominators a framework has counted already, at places that ranks do not reach together.
+    """
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Ranks in ``group`` (default: all), 1 where ``torch.distributed`` is not initialised."""
+    """Ranks in ``group`` (default: all), 1 where ``torch.distributed`` is not initialised, and under ``alone``."""
+    if _ALONE.get():
+        return 1
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -20,7 +43,8 @@ def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     """Sum of ``value`` over the ranks of ``group``; ``value`` itself where there is one rank."""
     if world_size(group) > 1:
         value = value.clone()
-        dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
+        with announced.get()("all_reduce_sum", value):
+            dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
     return value
 
 
@@ -29,7 +53,8 @@ def all_reduce_max(value: int, device: torch.device) -> int:
     if world_size() == 1:
         return value
     found = torch.tensor(value, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    with announced.get()("all_reduce_max", found):
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found)
 
 
@@ -44,7 +69,8 @@ def all_gather(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     """``values [N]`` of every rank of ``group``, ``[ranks, N]``; N is the same on all."""
     values = values.contiguous()
     rows = [torch.empty_like(values) for _ in range(world_size(group))]
-    dist.all_gather(rows, values, group=group)
+    with announced.get()("all_gather", values):
+        dist.all_gather(rows, values, group=group)
     return torch.stack(rows)
 
 

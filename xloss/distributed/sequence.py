@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed import groups
+
 
 def sp_split(tensor: Tensor, sp_mesh: DeviceMesh, pad: float, axis: int = -1) -> Tensor:
     """This rank's contiguous part of ``tensor`` along ``axis``, padded with ``pad`` to equal parts."""
@@ -23,5 +25,6 @@ def sp_split(tensor: Tensor, sp_mesh: DeviceMesh, pad: float, axis: int = -1) ->
 def sp_gather(tensor: Tensor, sp_mesh: DeviceMesh) -> Tensor:
     """The parts ``[.., T]`` of all sequence-parallel ranks joined along the last axis (padding included)."""
     parts = [torch.empty_like(tensor) for _ in range(sp_mesh.size())]
-    dist.all_gather(parts, tensor.contiguous(), group=sp_mesh.get_group())
+    with groups.announced.get()("sp_gather", tensor):
+        dist.all_gather(parts, tensor.contiguous(), group=sp_mesh.get_group())
     return torch.cat(parts, dim=-1)

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from xloss.distributed.vocab import VocabPart
 from xloss.head.options import HeadOptions
 from xloss.head.teacher import TeacherRows
 from xloss.stats import TokenStats
@@ -22,7 +23,8 @@ TwinName = Literal["ce", "reinforce", "importance_sampling", "ppo", "cispo", "dr
 class RawRows:
     """A chunk as the GEMM left it: raw logits ``[C, V]``, bias ``[V]`` not yet added; labels ``[C]`` or ``[C, K]``.
 
-    ``teacher``: a second distribution's part of the chunk, where the divergence from it is wanted.
+    ``teacher``: a second distribution's part of the chunk, where the divergence from it is wanted. ``part``: other
+    ranks hold the rest of the vocabulary. Labels are rows of this part then, V where another has the label.
     """
 
     logits: Tensor
@@ -30,6 +32,7 @@ class RawRows:
     temperature: float | Tensor
     bias: Tensor | None
     teacher: TeacherRows | None = None
+    part: VocabPart | None = None
 
     def keep_rows_(self, index: Tensor) -> RawRows:
         """Rows ``index`` (ascending) of everything, moved to the front of the buffers in place."""
@@ -53,11 +56,17 @@ def _to_front_(buffer: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowState:
-    """A chunk between forward and backward. What its logits buffer holds now is the backend's business."""
+    """A chunk between forward and backward. What its logits buffer holds now is the backend's business.
+
+    Of a part of the vocabulary, ``forward`` gives that part's own statistics, and with ``top1`` its logit, ``peak``;
+    ``backward`` reads those of the whole, and ``share [C]``, the part's share of the probability, if it is there.
+    """
 
     rows: RawRows
     stats: TokenStats
     holds_probs: bool = False
+    peak: Tensor | None = None
+    share: Tensor | None = None
 
     def keep_rows_(self, index: Tensor) -> RowState:
         """Move rows ``index`` (ascending) to the front of the buffers, in place, and forget the others."""
@@ -74,6 +83,7 @@ class TokenRows:
     labels: Tensor
     temperature: float | Tensor
     bias: Tensor | None
+    part: VocabPart | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +133,8 @@ class RowBackend(Protocol):
 class HeadBackend(Protocol):
     """The head on a chunk of tokens without ever writing its logits. ``xloss.head.fused`` is the one that can."""
 
-    def head_stats(self, rows: TokenRows, options: HeadOptions) -> TokenStats:
-        """Statistics of the chunk, 0 where the label is ignored."""
+    def head_stats(self, rows: TokenRows, options: HeadOptions) -> tuple[TokenStats, Tensor | None]:
+        """Statistics of the chunk, 0 where the label is ignored; of a part with ``top1``, its logit."""
         ...
 
     def strip_dlogits(

@@ -53,7 +53,8 @@ class PlanRequest:
     handed out. ``stats``, ``softcap``, ``bias``: what row work has to do. ``weight_cast``: the weight is copied in the
     operands' dtype. ``retain``: gradients are handed out as copies. ``teacher_size``: hidden size of a second head
     whose logits stand beside the first's; 0: they are given; ``None``: there is none. ``no_logits_refused`` says why
-    the ``no_logits`` kernels cannot take these tensors, or ``None``.
+    the ``no_logits`` kernels cannot take these tensors, or ``None``. ``num_parts``: ranks that share the vocabulary, of
+    which ``vocab_size`` is one's. ``gathered``: the hidden states are a copy.
     """
 
     kind: PlanKind
@@ -83,6 +84,8 @@ class PlanRequest:
     weight_grad: bool = True
     hidden_grad: bool = True
     teacher_size: int | None = None
+    num_parts: int = 1
+    gathered: bool = False
     reasons: tuple[str, ...] = ()
 
     @property

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from xloss.head import part_divergence
 from xloss.head.backend import Adjoints, LossTwin, RawRows, RowState
 from xloss.head.memory import DIVERGENCE_SHARE, block_rows
 from xloss.head.options import HeadOptions
@@ -35,8 +36,9 @@ def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowSt
     picked = raw.gather(1, _label_index(labels, raw.shape[1])).view(labels.shape)
     mean_logit = raw.mean(1) if spec.mean_logit else None
     top1 = raw.argmax(1) if spec.top1 else None
-    found = None if rows.teacher is None else _divergence(raw, rows.teacher)
-    to_probs = for_backward and not (spec.entropy or spec.sum_p2) and options.softcap is None and found is None
+    top1_logit = None if rows.part is None or top1 is None else raw.gather(1, top1.unsqueeze(1)).squeeze(1)
+    found = None if rows.teacher is None or rows.part is not None else _divergence(raw, rows.teacher)
+    to_probs = for_backward and not (spec.entropy or spec.sum_p2) and options.softcap is None and rows.teacher is None
     lse = raw.new_empty(raw.shape[0])
     entropy = torch.empty_like(lse) if spec.entropy else None
     sum_p2 = torch.empty_like(lse) if spec.sum_p2 else None
@@ -55,7 +57,7 @@ def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowSt
             sum_p2[span] = p.square_().sum(1)
     logprobs = picked - (lse if labels.ndim == 1 else lse.unsqueeze(1))
     stats = TokenStats(logprobs, lse, entropy, mean_logit, sum_p2, top1, found)
-    return RowState(rows, stats, to_probs)
+    return RowState(rows, stats, to_probs, top1_logit)
 
 
 def resume(rows: RawRows, options: HeadOptions, stats: TokenStats) -> RowState:
@@ -72,6 +74,8 @@ def backward(state: RowState, adjoints: Adjoints, options: HeadOptions, operand:
     g = torch.where(live, adjoints["logprobs"], 0)
     onehot = g if labels.ndim == 2 else g.unsqueeze(1)
     p_coef = -onehot.sum(1)
+    if state.rows.part is not None:
+        onehot = onehot.masked_fill((labels == vocab).view(onehot.shape), 0)
     row_live = live if labels.ndim == 1 else live.any(1)
     others = {k: torch.where(row_live, v, 0) for k, v in adjoints.items() if k != "logprobs"}
     if "lse" in others:
@@ -89,9 +93,12 @@ def backward(state: RowState, adjoints: Adjoints, options: HeadOptions, operand:
         uniform = None if uniform is None else uniform * inner
         others = {k: v * inner for k, v in others.items()}
     if "divergence" in others:
-        _divergence_to_grad_(state.rows, others["divergence"])
+        if state.rows.part is None:
+            _divergence_to_grad_(state.rows, others["divergence"])
+        else:
+            part_divergence.to_grad_(state.rows, state.rows.part, others["divergence"])
     if state.holds_probs:
-        _probs_to_grad_(buffer, p_coef, uniform)
+        _probs_to_grad_(buffer, p_coef if state.share is None else p_coef * state.share, uniform)
         buffer.scatter_add_(1, _label_index(labels, vocab), onehot.to(buffer.dtype))
     else:
         _logits_to_grad_(state, p_coef, uniform, onehot, others, options)
@@ -139,7 +146,10 @@ def _logits_to_grad_(
     probs = _scratch(buffer)
     slope = _scratch(buffer) if options.softcap is not None else None
     for rows, z in _blocks(buffer):
-        p = torch.softmax(z, 1, out=probs[: z.shape[0]])
+        if state.rows.part is not None:  # normalised over the whole vocabulary
+            p = torch.sub(z, state.stats.lse[rows].unsqueeze(1), out=probs[: z.shape[0]]).exp_()
+        else:
+            p = torch.softmax(z, 1, out=probs[: z.shape[0]])
         if slope is not None:
             chain = _softcap_slope(z, state.rows.temperature, rows, options, out=slope[: z.shape[0]])
         if entropy is not None:
@@ -170,7 +180,7 @@ def _divergence(z: Tensor, teacher: TeacherRows) -> Tensor:
     """Divergence ``[C]`` of transformed logits ``z [C, V]`` from the teacher's."""
     out = z.new_empty(z.shape[0])
     for span, part in _blocks(z, DIVERGENCE_SHARE):
-        out[span] = divergence(part / _student_column(teacher, span), teacher.logits[span], teacher.divergence)
+        out[span] = divergence(part / teacher.student_column(span), teacher.logits[span], teacher.divergence)
     return out
 
 
@@ -179,14 +189,9 @@ def _divergence_to_grad_(rows: RawRows, adjoint: Tensor) -> None:
     teacher = rows.teacher
     assert teacher is not None
     for span, z in _blocks(rows.logits, DIVERGENCE_SHARE):
-        t, other = _student_column(teacher, span), teacher.logits[span]
+        t, other = teacher.student_column(span), teacher.logits[span]
         grad = divergence_grad(z / t, other, teacher.divergence)
         torch.mul(grad, adjoint[span].unsqueeze(1) / t, out=other)
-
-
-def _student_column(teacher: TeacherRows, span: slice) -> float | Tensor:
-    t = teacher.student_temperature
-    return t[span].unsqueeze(1) if isinstance(t, Tensor) else t
 
 
 def _transform_(rows: RawRows, options: HeadOptions) -> None:

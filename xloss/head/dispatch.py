@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, cast
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from xloss import shapes
 from xloss.distributed.routes import check_gradient_route
+from xloss.distributed.same_tokens import check_same_tokens
+from xloss.distributed.vocab import IGNORED, HeadWeight, VocabShard, local_head, whole_rows
 from xloss.errors import OptionError, UnsupportedError
 from xloss.head import chunk, gemm
 from xloss.head.backend import HeadBackend, RowBackend
@@ -92,22 +94,27 @@ def row_backend(mode: str) -> RowBackend:
 
 def gather_inputs(
     hidden_states: Tensor,
-    head_weight: Tensor,
+    head_weight: HeadWeight,
     head_bias: Tensor | None,
     labels: Tensor,
     temperature: float | Tensor,
     options: HeadOptions,
     run: RunOptions,
     label_name: str = "labels",
+    *,
+    look_only: bool = False,
 ) -> HeadInputs:
-    """Check everything and flatten the token axes."""
+    """Check everything and flatten the token axes. ``look_only``: ranks exchange nothing, the sizes are right."""
     shapes.check_positive("softcap", options.softcap)
     shapes.check_positive("logit_scale", options.logit_scale)
+    rows = (head_weight.weight, head_weight.bias) if isinstance(head_weight, VocabShard) else (head_weight, head_bias)
+    for name, tensor in zip(("head_weight", "head_bias"), rows, strict=True):
+        check_gradient_route(tensor, name)
+    head = local_head(hidden_states, head_weight, head_bias, look_only=look_only)
+    hidden_states, head_weight, head_bias = head.hidden, head.weight, head.bias
     device_type = head_weight.device.type if isinstance(head_weight, Tensor) else "cpu"
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    check_gradient_route(head_weight, "head_weight")
-    check_gradient_route(head_bias, "head_bias")
-    shapes.check_head(hidden_states, head_weight, head_bias, autocast)
+    shapes.check_head(hidden_states, head_weight, head_bias, autocast, least_rows=1 if head.part is None else 0)
     shapes.check_labels(labels, hidden_states, label_name)
     lead = hidden_states.shape[:-1]
     live = None
@@ -115,7 +122,8 @@ def gather_inputs(
         live = labels != options.ignore_index if labels.shape == lead else (labels != options.ignore_index).any(-1)
     shapes.check_temperature(temperature, lead, hidden_states.device, live=live)
     if run.check_labels:
-        shapes.check_label_range(labels, head_weight.shape[0], options.ignore_index, label_name)
+        vocab_size = head_weight.shape[0] if head.part is None else head.part.vocab_size
+        shapes.check_label_range(labels, vocab_size, options.ignore_index, label_name)
     operand = hidden_states.dtype
     if autocast and operand != torch.float64:
         operand = torch.get_autocast_dtype(device_type)
@@ -129,6 +137,9 @@ def gather_inputs(
         temperature=temperature.reshape(-1).to(acc) if isinstance(temperature, Tensor) else float(temperature),
         lead=lead,
         operand_dtype=operand,
+        part=head.part,
+        group=head.group,
+        gathered=head.gathered,
     )
 
 
@@ -158,7 +169,12 @@ def plan_call(
     run: RunOptions,
     reasons: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan for checked inputs."""
+    """The plan for checked inputs. Ranks that share a vocabulary plan for the widest part, so that they cut alike."""
+    part = inputs.part
+    if part is not None:
+        if kind == "eager" and inputs.teacher is not None:
+            raise UnsupportedError("mode='eager' cannot gather a teacher whose vocabulary is split; use mode='chunk'")
+        reasons += (str(part), _exchanges(inputs, options, kind))
     operand, acc = inputs.operand_dtype, gemm.accumulate_dtype(inputs.operand_dtype)
     return make_plan(
         PlanRequest(
@@ -168,7 +184,9 @@ def plan_call(
             num_live=rows.num_live,
             num_grad=rows.num_grad if kind != "forward-only" else 0,
             hidden_size=inputs.weight.shape[1],
-            vocab_size=inputs.weight.shape[0],
+            vocab_size=inputs.vocab_size if part is None or kind == "eager" else part.widest,
+            num_parts=1 if part is None else len(part.bounds),
+            gathered=inputs.gathered,
             logit_bytes=acc.itemsize,
             operand_bytes=operand.itemsize,
             strip_bytes=strip_dtype(operand).itemsize,
@@ -195,12 +213,16 @@ def plan_call(
 
 
 def head_call(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, plan: Plan, run: RunOptions) -> HeadCall:
-    """Everything the chunk loops need."""
+    """Everything the chunk loops need, on every rank of the call: ranks that differ raise."""
+    check_ranks(inputs, options, rows, plan)
+    labels, part = inputs.labels, inputs.part
+    if part is not None:
+        labels, options = part.local_labels(labels, options.ignore_index), replace(options, ignore_index=IGNORED)
     backend = row_backend(plan.mode)
     accumulates = run.accumulate_into_main_grad and inputs.weight.requires_grad and plan.kind != "forward-only"
     acc = gemm.accumulate_dtype(inputs.operand_dtype)
     return HeadCall(
-        labels=inputs.labels,
+        labels=labels,
         temperature=inputs.temperature,
         options=options,
         rows=rows,
@@ -211,4 +233,43 @@ def head_call(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, plan: Pl
         main_grad=MainGrad.of(inputs.weight, acc) if accumulates else None,
         allow_retain_graph=run.allow_retain_graph,
         teacher=inputs.teacher,
+        part=part,
     )
+
+
+def check_ranks(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, plan: Plan) -> None:
+    """Raise unless the ranks that share the head have the same tokens and follow the same plan."""
+    if inputs.group is None:
+        return
+    live = inputs.labels != options.ignore_index
+    facts = {
+        "hidden_states": tuple(inputs.hidden.shape),
+        "labels": tuple(inputs.labels.shape),
+        "live tokens": (rows.num_live, rows.num_grad),
+        "plan": (plan.kind, plan.mode, plan.kernels, plan.chunk_rows, plan.saved_chunks),
+        "statistics": options.stats,
+        "hidden_states.requires_grad": inputs.hidden.requires_grad,
+    }
+    hidden = None if inputs.gathered else inputs.hidden
+    check_same_tokens(inputs.group, hidden, inputs.labels, live if live.ndim == 1 else live.any(1), facts)
+
+
+def whole_inputs(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, plan: Plan) -> HeadInputs:
+    """The inputs with the whole head, gathered where ranks share it: what autograd needs to do all the work."""
+    check_ranks(inputs, options, rows, plan)
+    if inputs.part is None:
+        return inputs
+    bias = None if inputs.bias is None else whole_rows(inputs.bias, inputs.part)
+    return replace(inputs, weight=whole_rows(inputs.weight, inputs.part), bias=bias, part=None)
+
+
+def _exchanges(inputs: HeadInputs, options: HeadOptions, kind: PlanKind) -> str:
+    """What ranks that share the vocabulary exchange, for ``explain()``."""
+    if kind == "eager":
+        return "eager gathers the head on every rank"
+    labels = inputs.labels.shape[1] if inputs.labels.ndim == 2 else 1
+    sent = 1 + labels + options.stats.entropy + options.stats.mean_logit + options.stats.sum_p2 + 2 * options.stats.top1
+    said = f"a chunk's statistics are one gather of {sent} numbers a token"
+    if kind == "forward-only" or not inputs.hidden.requires_grad:
+        return said
+    return f"{said}, its hidden gradient one sum of {inputs.hidden.shape[1]}"

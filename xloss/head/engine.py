@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from xloss.head.backend import Adjoints, LossTwin
-from xloss.head.runner import Chunk, ChunkRunner, GradSink, masked_stats, row_places
-from xloss.stats import DIFFERENTIABLE, TokenStats, mask_ignored
+from xloss.head.partials import Begun, one_behind
+from xloss.head.runner import Chunk, ChunkRunner, GradSink, HeadCall, masked_stats, row_places
+from xloss.stats import DIFFERENTIABLE, TokenStats
 
 
 def cat_stats(parts: list[TokenStats], runner: ChunkRunner) -> TokenStats:
@@ -31,10 +32,9 @@ def cat_stats(parts: list[TokenStats], runner: ChunkRunner) -> TokenStats:
 
 def forward_stats(runner: ChunkRunner, start: int, stop: int) -> TokenStats:
     """Statistics of live rows ``start:stop``, nothing kept."""
-    parts = []
     with torch.autocast(runner.hidden.device.type, enabled=False):
-        for a, b in runner.call.plan.chunks(start, stop):
-            parts.append(runner.statistics(a, b))
+        begun = (runner.begin_statistics(a, b) for a, b in runner.call.plan.chunks(start, stop))
+        parts = list(one_behind(begun))
     return cat_stats(parts, runner)
 
 
@@ -65,14 +65,15 @@ def one_pass(runner: ChunkRunner, sink: GradSink, loss: OnePassLoss) -> TokenSta
         places = row_places(call.rows, a, b)
         hidden = runner.operand(places)
         rows = runner.project(hidden, places, runner.work_buffer(b - a))
-        done = call.backend.loss_rows(rows, call.options, loss.twin.rows(a, b), operand) if loss.twin else None
+        twin = loss.twin if call.part is None else None  # a kernel's loss would need the whole row
+        done = call.backend.loss_rows(rows, call.options, twin.rows(a, b), operand) if twin else None
         if done is not None:
             stats, losses, dlogits = done
             loss.take(a, b, stats, losses)
         else:
-            state = call.backend.forward(rows, call.options, for_backward=True)
-            stats = mask_ignored(state.stats, rows.labels, call.options.ignore_index)
-            dlogits = call.backend.backward(state, loss.adjoints_of(a, b, stats), call.options, operand)
+            state = runner.begin_rows(rows, for_backward=True).finish()
+            stats = masked_stats(call, state.stats, rows.labels)
+            dlogits = runner.dlogits(state, loss.adjoints_of(a, b, stats))
         parts.append(stats)
         sink.add(dlogits, hidden, places)
     for a, b in call.plan.chunks(call.rows.num_grad, call.rows.num_live):
@@ -83,18 +84,22 @@ def one_pass(runner: ChunkRunner, sink: GradSink, loss: OnePassLoss) -> TokenSta
 
 def two_pass_forward(runner: ChunkRunner) -> tuple[TokenStats, TokenStats, list[Chunk]]:
     """Pass 1: statistics of all live rows (masked, and as the backward needs them) and the chunks kept for pass 2."""
-    call, masked, exact, kept = runner.call, [], [], []
+    call, masked, exact = runner.call, [], []
+    kept: list[Chunk] = []
     if call.head is not None:
         stats = forward_stats(runner, 0, call.rows.num_live)
         return stats, stats.map(lambda x: x[: call.rows.num_grad]), []
     spans = call.plan.chunks(0, call.rows.num_grad)
-    for i, (a, b) in enumerate(spans):
+
+    def begin(i: int, a: int, b: int) -> Begun[Chunk]:
         keep = i < call.plan.saved_chunks
         buffer = runner.new_buffer(b - a) if keep else runner.work_buffer(b - a)
-        chunk = runner.forward(a, b, buffer, for_backward=keep)
-        masked.append(masked_stats(call, chunk.state))
+        return runner.begin(a, b, buffer, for_backward=keep)
+
+    for chunk in one_behind(begin(i, a, b) for i, (a, b) in enumerate(spans)):
+        masked.append(masked_stats(call, chunk.state.stats, chunk.state.rows.labels))
         exact.append(chunk.state.stats)
-        if keep:
+        if len(kept) < call.plan.saved_chunks:
             kept.append(chunk)
     rest = forward_stats(runner, call.rows.num_grad, call.rows.num_live)
     return cat_stats([*masked, rest], runner), cat_stats(exact, runner), kept
@@ -110,7 +115,7 @@ def two_pass_backward(
             part = {k: v[a:b] for k, v in adjoints.items()}
             _add_strips(runner, sink, a, b, stats.map(lambda x, a=a, b=b: x[a:b]), part)  # type: ignore[misc]
         return
-    for chunk, alive in _alive_rows(kept, adjoints):
+    for chunk, alive in _alive_rows(kept, adjoints, call):
         state, hidden, places = chunk.state, chunk.hidden, row_places(call.rows, chunk.start, chunk.stop)
         span = slice(chunk.start, chunk.stop)
         if alive is not None:
@@ -118,9 +123,9 @@ def two_pass_backward(
             places = alive + chunk.start if isinstance(places, slice) else places[alive]
         if hidden.shape[0]:
             own = {k: v[span] if alive is None else v[span][alive] for k, v in adjoints.items()}
-            sink.add(call.backend.backward(state, own, call.options, call.operand_dtype), hidden, places)
+            sink.add(runner.dlogits(state, own), hidden, places)
     done = kept[-1].stop if kept else 0
-    alive = _nonzero_rows(adjoints, done, call.rows.num_grad)
+    alive = _nonzero_rows(adjoints, done, call.rows.num_grad, call)
     count = call.rows.num_grad - done if alive is None else alive.numel()
     for a, b in call.plan.chunks(0, count):
         rows = slice(done + a, done + b) if alive is None else alive[a:b]
@@ -129,9 +134,8 @@ def two_pass_backward(
         hidden = runner.operand(places)
         raw = runner.project(hidden, places, runner.work_buffer(b - a))
         known = stats.map(lambda x, rows=rows: x[rows])  # type: ignore[misc]
-        state = call.backend.resume(raw, call.options, known)
         own = {k: v[rows] for k, v in adjoints.items()}
-        sink.add(call.backend.backward(state, own, call.options, call.operand_dtype), hidden, places)
+        sink.add(runner.dlogits(runner.resume(raw, known), own), hidden, places)
 
 
 def _add_strips(
@@ -154,19 +158,20 @@ def _has_adjoint(adjoints: Adjoints) -> Tensor:
     return torch.stack(used).any(0)
 
 
-def _nonzero_rows(adjoints: Adjoints, start: int, stop: int) -> Tensor | None:
+def _nonzero_rows(adjoints: Adjoints, start: int, stop: int, call: HeadCall) -> Tensor | None:
     """Rows with an adjoint that is not 0 (clipped tokens have none), or ``None`` where leaving rows out does not pay.
 
-    Counting them would make a CUDA stream wait, so there they all take part.
+    Counting them would make a CUDA stream wait, so there they all take part. So they do where ranks share the
+    vocabulary: what they exchange has a size, which no value may decide.
     """
-    if next(iter(adjoints.values())).is_cuda:
+    if next(iter(adjoints.values())).is_cuda or call.part is not None:
         return None
     used = _has_adjoint({k: v[start:stop] for k, v in adjoints.items()})
     alive = used.nonzero().squeeze(1)
     return None if alive.numel() > 0.97 * (stop - start) else alive + start
 
 
-def _alive_rows(kept: list[Chunk], adjoints: Adjoints) -> Iterator[tuple[Chunk, Tensor | None]]:
+def _alive_rows(kept: list[Chunk], adjoints: Adjoints, call: HeadCall) -> Iterator[tuple[Chunk, Tensor | None]]:
     for chunk in kept:
-        alive = _nonzero_rows(adjoints, chunk.start, chunk.stop)
+        alive = _nonzero_rows(adjoints, chunk.start, chunk.stop, call)
         yield chunk, None if alive is None else alive - chunk.start

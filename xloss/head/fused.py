@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xloss.head.backend import Adjoints, LossTwin, RawRows, RowState, TokenRows
 from xloss.head.options import HeadOptions
+from xloss.head.transform import transform_
 from xloss.stats import TokenStats
 from xloss_kernels.dlogits import dlogits
 from xloss_kernels.finalize import finalize
@@ -35,7 +36,8 @@ def forward(rows: RawRows, options: HeadOptions, *, for_backward: bool) -> RowSt
         ignore_index=options.ignore_index,
         **_wanted(options),
     )
-    return RowState(rows, TokenStats(**found._asdict()))
+    peak = _peak_logits(rows, found.top1, options) if rows.part is not None and found.top1 is not None else None
+    return RowState(rows, TokenStats(**found._asdict()), peak=peak)
 
 
 def resume(rows: RawRows, options: HeadOptions, stats: TokenStats) -> RowState:
@@ -81,14 +83,15 @@ def loss_rows(
     return stats, found.loss, out
 
 
-def head_stats(rows: TokenRows, options: HeadOptions) -> TokenStats:
+def head_stats(rows: TokenRows, options: HeadOptions) -> tuple[TokenStats, Tensor | None]:
     """Partial statistics of vocabulary splits in registers, merged in a fixed order."""
     want = _wanted(options)
     partials, label_logits = head_forward(rows.hidden, rows.weight, rows.labels, _transform(rows, options), **want)
     found = finalize(
         partials, label_logits, rows.labels, rows.weight.shape[0], ignore_index=options.ignore_index, **want
     )
-    return TokenStats(**found._asdict())
+    peak = partials[:, 0].amax(0) if rows.part is not None and options.stats.top1 else None
+    return TokenStats(**found._asdict()), peak
 
 
 def strip_dlogits(
@@ -127,6 +130,14 @@ def _known(stats: TokenStats, adjoints: Adjoints) -> dict[str, Any]:
     """What a dlogits kernel is told: the adjoints, and the statistics their formulas need."""
     given = {f"d_{name}": value.float().contiguous() for name, value in adjoints.items()}
     return {"entropy": stats.entropy, "sum_p2": stats.sum_p2, **given}
+
+
+def _peak_logits(rows: RawRows, top1: Tensor, options: HeadOptions) -> Tensor:
+    """The effective logits at ``top1``, of raw ones."""
+    at = top1.clamp(min=0)
+    raw = rows.logits.gather(1, at.unsqueeze(1)).float()
+    bias = None if rows.bias is None else rows.bias[at].unsqueeze(1)
+    return transform_(raw, bias, rows.temperature, options.logit_scale, options.softcap).squeeze(1)
 
 
 def _transform(rows: RawRows | TokenRows, options: HeadOptions) -> Transform:

@@ -83,6 +83,9 @@ def grad_hidden(dlogits: Dlogits, weight: Tensor) -> Tensor:
 
 def add_grad_hidden(acc: Tensor, dlogits: Dlogits, weight: Tensor, first: bool) -> None:
     """``acc [C, H] (+)= dlogits [C, V] @ weight [V, H]``. ``first`` overwrites: ``acc`` may be uninitialised."""
+    if first and not weight.shape[0]:  # a rank that holds no row of the head
+        acc.zero_()
+        return
     if _tensor_cores(weight):
         _accumulate_narrow(acc, dlogits.values, weight, dlogits.scale, first)
         return

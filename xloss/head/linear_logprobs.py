@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from xloss.distributed.vocab import HeadWeight
 from xloss.head import eager, engine
 from xloss.head.choice import KernelChoice
 from xloss.head.dispatch import (
@@ -14,6 +15,7 @@ from xloss.head.dispatch import (
     live_rows,
     plan_call,
     resolve_mode,
+    whole_inputs,
 )
 from xloss.head.functions import LinearLogprobs
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
@@ -26,7 +28,7 @@ from xloss.stats import DIFFERENTIABLE, StatSpec, TokenStats
 @outside_compile
 def linear_logprobs(
     hidden_states: Tensor,
-    head_weight: Tensor,
+    head_weight: HeadWeight,
     labels: Tensor,
     head_bias: Tensor | None = None,
     *,
@@ -51,7 +53,8 @@ def linear_logprobs(
 
     Args:
         hidden_states: ``[T, H]``, ``[1, T, H]`` or ``[B, S, H]``; float64, float32, bfloat16 or float16.
-        head_weight: ``[V, H]``, dtype of ``hidden_states`` (any under autocast).
+        head_weight: ``[V, H]``, dtype of ``hidden_states`` (any under autocast); on ranks that share the vocabulary a
+            DTensor ``Shard(0)`` or a ``VocabShard``, with the same tokens on each.
         labels: int, the leading shape of ``hidden_states``, or that and ``K`` labels per token. Already shifted.
         head_bias: ``[V]`` or ``None``. An entry of ``-inf`` bans a token.
         temperature: positive number, or one per token; a constant.
@@ -96,7 +99,7 @@ def token_stats(
     mode = resolve_mode(run.mode, inputs.weight.device.type, inputs.operand_dtype)
     if mode == "eager":
         plan = plan_call(inputs, options, rows, "eager", mode, run, reasons)
-        stats, _ = eager.live_stats(inputs, options, rows)
+        stats, _ = eager.live_stats(whole_inputs(inputs, options, rows, plan), options, rows)
         return spread_stats(stats, rows), plan
     if inputs.tracked:
         plan = plan_call(inputs, options, rows, "two-pass", mode, run, reasons)

@@ -31,6 +31,8 @@ def scratch_bytes(r: PlanRequest, choice: Choice, rows: int, saved: int) -> int:
     operands = (rows + min(saved * choice.rows, r.num_grad)) * r.hidden_size * r.operand_bytes
     if r.weight_cast:
         operands += r.vocab_size * r.hidden_size * r.operand_bytes
+    if r.gathered:
+        operands += r.num_rows * r.hidden_size * r.hidden_bytes
     if r.bias:
         operands += 3 * r.vocab_size * r.logit_bytes
     return operands + max(_row_work(r, choice, rows, saved), _products(r, choice, rows), _teacher(r, rows))
@@ -95,7 +97,9 @@ def _products(r: PlanRequest, choice: Choice, rows: int) -> int:
     if r.scales_dlogits:  # products are brought back to scale a block at a time, before they are added
         hidden += min(rows, WIDEN_ROWS) * r.hidden_size * acc if r.hidden_grad else 0
         weight += min(columns, WIDEN_ROWS) * r.hidden_size * acc if r.weight_grad else 0
-    return max(forward, rows * columns * r.narrow_bytes + max(hidden, weight))
+    # ranks that share the vocabulary add up the hidden gradient while the other product runs
+    both = hidden + weight if r.num_parts > 1 else max(hidden, weight)
+    return max(forward, rows * columns * r.narrow_bytes + both)
 
 
 def _teacher(r: PlanRequest, rows: int) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from xloss.distributed.vocab import VocabPart
 from xloss.head.teacher import Teacher
 from xloss.stats import StatSpec
 
@@ -83,7 +85,9 @@ def rows_of(temperature: float | Tensor, rows: LiveRows, start: int, stop: int) 
 class HeadInputs:
     """Checked, flattened inputs: ``hidden [T, H]``, labels ``[T]`` or ``[T, K]``; ``lead`` is the shape to return.
 
-    ``teacher``: the second distribution, where the divergence from it is one of the statistics.
+    ``teacher``: the second distribution, where the divergence from it is one of the statistics. ``part``: the weight
+    ``[V_r, H]`` is a part of the vocabulary; ``group``: the ranks that must have the same tokens; ``gathered``: the
+    hidden states are a copy put together from theirs.
     """
 
     hidden: Tensor
@@ -94,6 +98,14 @@ class HeadInputs:
     lead: torch.Size
     operand_dtype: torch.dtype
     teacher: Teacher | None = None
+    part: VocabPart | None = None
+    group: dist.ProcessGroup | None = None
+    gathered: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the whole head: what labels count."""
+        return self.weight.shape[0] if self.part is None else self.part.vocab_size
 
     @property
     def tracked(self) -> bool:

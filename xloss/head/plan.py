@@ -71,10 +71,9 @@ class Plan:
         size = -(-(stop - start) // count) if count else 0
         return [(i, min(i + size, stop)) for i in range(start, stop, size)] if size else []
 
-    def strips(self) -> list[slice]:
-        """The vocabulary in strips of at most ``strip_columns``."""
-        return [slice(i, min(i + self.strip_columns, self.vocab_size))
-                for i in range(0, self.vocab_size, self.strip_columns)]  # fmt: skip
+    def strips(self, num_rows: int) -> list[slice]:
+        """``num_rows`` rows of the head in strips of at most ``strip_columns``."""
+        return [slice(i, min(i + self.strip_columns, num_rows)) for i in range(0, num_rows, self.strip_columns)]
 
     def __str__(self) -> str:
         if self.kernels == "chunked_logits":

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from xloss.head import gemm
-from xloss.head.backend import HeadBackend, RawRows, RowBackend, RowState, TokenRows
+from xloss.distributed.vocab import VocabPart
+from xloss.head import gemm, part_divergence
+from xloss.head.backend import Adjoints, HeadBackend, RawRows, RowBackend, RowState, TokenRows
 from xloss.head.main_grad import MainGrad
 from xloss.head.options import HeadOptions, LiveRows
+from xloss.head.partials import Begun, begin_sum, begin_whole, empty_stats, part_adjoints
 from xloss.head.plan import Plan
 from xloss.head.teacher import Teacher
 from xloss.stats import TokenStats, mask_ignored
@@ -23,7 +25,8 @@ from xloss.stats import TokenStats, mask_ignored
 class HeadCall:
     """One call of the head on flattened tokens: labels ``[T]`` or ``[T, K]``, temperature scalar or ``[T]``.
 
-    ``head`` is there where the plan writes no logits; ``main_grad`` where the weight's gradient goes there.
+    ``head`` is there where the plan writes no logits; ``main_grad`` where the weight's gradient goes there; ``part``
+    where the weight is a part of the vocabulary (labels are rows of it then).
     """
 
     labels: Tensor
@@ -37,6 +40,7 @@ class HeadCall:
     main_grad: MainGrad | None = None
     allow_retain_graph: bool = False
     teacher: Teacher | None = None
+    part: VocabPart | None = None
 
 
 @dataclass
@@ -90,32 +94,81 @@ class ChunkRunner:
         call = self.call
         teacher = None if call.teacher is None else call.teacher.rows(places, buffer[1])
         logits = gemm.project(hidden, self.weight, buffer[0])
-        return RawRows(logits, call.labels[places], self.temperature(places), self.bias, teacher)
+        return RawRows(logits, call.labels[places], self.temperature(places), self.bias, teacher, call.part)
 
     def token_rows(self, places: Tensor | slice) -> TokenRows:
         """Tokens at ``places`` in ``[T]`` for the kernels that write no logits, which read contiguous rows."""
         hidden = self.operand(places)
         if hidden.stride(1) != 1:
             hidden = hidden.contiguous()
-        return TokenRows(hidden, self.weight, self.call.labels[places], self.temperature(places), self.bias)
+        call = self.call
+        return TokenRows(hidden, self.weight, call.labels[places], self.temperature(places), self.bias, call.part)
 
-    def forward(self, start: int, stop: int, buffer: Tensor, *, for_backward: bool) -> Chunk:
+    def begin(self, start: int, stop: int, buffer: Tensor, *, for_backward: bool) -> Begun[Chunk]:
         """Logits and statistics of live rows ``start:stop`` in ``buffer``."""
         places = row_places(self.call.rows, start, stop)
         hidden = self.operand(places)
-        rows = self.project(hidden, places, buffer)
-        state = self.call.backend.forward(rows, self.call.options, for_backward=for_backward)
-        return Chunk(start, stop, hidden, state)
+        begun = self.begin_rows(self.project(hidden, places, buffer), for_backward=for_backward)
+        return begun.then(lambda state: Chunk(start, stop, hidden, state))
+
+    def begin_rows(self, rows: RawRows, *, for_backward: bool) -> Begun[RowState]:
+        """Statistics of a chunk of logits; of the whole vocabulary, once they are finished."""
+        call, part = self.call, self.call.part
+        if part is None:
+            return Begun.done(call.backend.forward(rows, call.options, for_backward=for_backward))
+        if part.num_rows:
+            state = call.backend.forward(rows, call.options, for_backward=for_backward)
+        else:
+            stats, peak = self._nothing(rows.labels)
+            state = RowState(rows, stats, peak=peak)
+        found = None if rows.teacher is None else part_divergence.value(rows, part)
+        begun = begin_whole(state.stats, state.peak, rows.labels, part, call.options.stats)
+        return begun.then(
+            lambda whole: replace(
+                state,
+                stats=replace(whole, divergence=found),
+                share=torch.exp(state.stats.lse - whole.lse) if state.holds_probs else None,
+            )
+        )
+
+    def begin_statistics(self, start: int, stop: int) -> Begun[TokenStats]:
+        """Statistics of live rows ``start:stop``, 0 at ignored labels; nothing kept."""
+        call, part = self.call, self.call.part
+        if call.head is None:
+            begun = self.begin(start, stop, self.work_buffer(stop - start), for_backward=False)
+            return begun.then(lambda chunk: masked_stats(call, chunk.state.stats, chunk.state.rows.labels))
+        rows = self.token_rows(row_places(call.rows, start, stop))
+        if part is None or part.num_rows:
+            stats, peak = call.head.head_stats(rows, call.options)
+        else:
+            stats, peak = self._nothing(rows.labels)
+        if part is None:
+            return Begun.done(stats)
+        whole = begin_whole(stats, peak, rows.labels, part, call.options.stats)
+        return whole.then(lambda found: masked_stats(call, found, rows.labels))
 
     def statistics(self, start: int, stop: int) -> TokenStats:
-        """Statistics of live rows ``start:stop``, 0 at ignored labels; nothing kept."""
-        if self.call.head is not None:
-            return self.call.head.head_stats(
-                self.token_rows(row_places(self.call.rows, start, stop)), self.call.options
-            )
-        return masked_stats(
-            self.call, self.forward(start, stop, self.work_buffer(stop - start), for_backward=False).state
-        )
+        """``begin_statistics``, finished."""
+        return self.begin_statistics(start, stop).finish()
+
+    def resume(self, rows: RawRows, stats: TokenStats) -> RowState:
+        """State of a chunk whose logits were computed again and whose statistics are known."""
+        if not self.weight.shape[0]:
+            return RowState(rows, stats)
+        return self.call.backend.resume(rows, self.call.options, stats)
+
+    def dlogits(self, state: RowState, adjoints: Adjoints) -> Tensor:
+        """Gradient of a chunk's raw logits ``[C, V]``, in their buffer."""
+        call = self.call
+        if not self.weight.shape[0]:
+            if call.part is not None and "divergence" in adjoints:
+                part_divergence.to_grad_(state.rows, call.part, adjoints["divergence"])
+            return state.rows.logits
+        return call.backend.backward(state, part_adjoints(adjoints, call.part), call.options, call.operand_dtype)
+
+    def _nothing(self, labels: Tensor) -> tuple[TokenStats, Tensor | None]:
+        """Statistics where this rank holds no row of the head."""
+        return empty_stats(labels, self.call.options.stats, gemm.accumulate_dtype(self.call.operand_dtype))
 
 
 class GradSink:
@@ -142,11 +195,23 @@ class GradSink:
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
         dz = gemm.narrow_(dlogits, self.runner.weight.dtype)
+        begun = None
         if self.hidden is not None:
-            self.hidden[places] = gemm.grad_hidden(dz, self.runner.weight).to(self.hidden.dtype)
+            begun = self._put_hidden(gemm.grad_hidden(dz, self.runner.weight), places)
         if self.weight is not None:
             gemm.add_grad_weight(self.weight, dz, hidden, self._own_weight and self._empty)
+        if begun is not None:
+            begun.finish()
         self._empty = False
+
+    def _put_hidden(self, grad: Tensor, places: Tensor | slice) -> Begun[None] | None:
+        """Put a chunk's hidden gradient ``[C, H]`` in its place, summed over ranks that have parts of the head."""
+        hidden, part = self.hidden, self.runner.call.part
+        assert hidden is not None
+        if part is None:
+            hidden[places] = grad.to(hidden.dtype)
+            return None
+        return begin_sum(grad, part).then(lambda whole: hidden.__setitem__(places, whole.to(hidden.dtype)))
 
     def add_strips(
         self, rows: TokenRows, places: Tensor | slice, stats: TokenStats, adjoints: dict[str, Tensor]
@@ -158,9 +223,12 @@ class GradSink:
         acc = gemm.accumulate_dtype(call.operand_dtype)
         total = hidden.new_empty(hidden.shape, dtype=acc) if self.hidden is not None else None
         buffer = hidden.new_empty((tokens, call.plan.strip_columns), dtype=dtype)
-        for strip in call.plan.strips():
+        own = part_adjoints(adjoints, call.part)
+        if total is not None and not weight.shape[0]:
+            total.zero_()
+        for strip in call.plan.strips(weight.shape[0]):
             out = buffer[:, : strip.stop - strip.start]
-            dlogits = call.head.strip_dlogits(rows, stats, adjoints, call.options, strip, out)
+            dlogits = call.head.strip_dlogits(rows, stats, own, call.options, strip, out)
             if self.bias is not None:
                 self.bias[strip] += dlogits.sum(0, dtype=acc)
             dz = gemm.narrow_(dlogits, weight.dtype)
@@ -168,8 +236,8 @@ class GradSink:
                 gemm.add_grad_hidden(total, dz, weight[strip], first=strip.start == 0)
             if self.weight is not None:
                 gemm.add_grad_weight(self.weight[strip], dz, hidden, self._own_weight and self._empty)
-        if self.hidden is not None and total is not None:
-            self.hidden[places] = total.to(self.hidden.dtype)
+        if total is not None and (begun := self._put_hidden(total, places)) is not None:
+            begun.finish()
         self._empty = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -196,6 +264,6 @@ def row_places(rows: LiveRows, start: int, stop: int) -> Tensor | slice:
     return slice(start, stop) if rows.index is None else rows.index[start:stop]
 
 
-def masked_stats(call: HeadCall, state: RowState) -> TokenStats:
+def masked_stats(call: HeadCall, stats: TokenStats, labels: Tensor) -> TokenStats:
     """A chunk's statistics as the outside sees them: 0 at ignored labels."""
-    return mask_ignored(state.stats, state.rows.labels, call.options.ignore_index)
+    return mask_ignored(stats, labels, call.options.ignore_index)

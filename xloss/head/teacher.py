@@ -7,12 +7,13 @@ of the same size, and is the only copy made.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from xloss.errors import DeviceError, DtypeError, OptionError, ShapeError
+from xloss.distributed.vocab import VocabPart
+from xloss.errors import DeviceError, DtypeError, OptionError, ShapeError, UnsupportedError
 from xloss.head import gemm
 from xloss.head.memory import block_rows
 from xloss.head.transform import transform_
@@ -24,13 +25,18 @@ LogitsFn = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TeacherHead:
-    """``softcap(logit_scale * (h W^T + b))`` from ``hidden [T, H2]``, ``weight [V, H2]``, ``bias [V]`` or ``None``."""
+    """``softcap(logit_scale * (h W^T + b))`` from ``hidden [T, H2]``, ``weight [V, H2]``, ``bias [V]`` or ``None``.
+
+    ``part``: which rows of a vocabulary that ranks share these are. Where they share the student's, they share the
+    teacher's, by the same rows; a whole head is cut.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    part: VocabPart | None = None
 
     def fill(self, places: Places, out: Tensor) -> None:
         """Logits of the tokens at ``places`` into ``out [C, V]``."""
@@ -39,6 +45,18 @@ class TeacherHead:
             weight = weight.to(out.dtype)
         gemm.project(self.hidden.detach()[places].to(weight.dtype), weight, out)
         transform_(out, None if self.bias is None else self.bias.detach(), 1.0, self.logit_scale, self.softcap)
+
+    def of_part(self, part: VocabPart | None) -> TeacherHead:
+        """The rows that belong to the student's ``part``. Raises ``UnsupportedError`` for rows of another split."""
+        if self.part is not None and (part is None or self.part.bounds != part.bounds):
+            raise UnsupportedError(
+                f"the teacher's head is split (rows by rank: {self.part.bounds}) and the student's is "
+                f"{'not' if part is None else f'split otherwise ({part.bounds})'}; split both alike"
+            )
+        if part is None or self.part is not None or self.weight.shape[0] != part.vocab_size:
+            return self  # what is too short is refused by check
+        rows = slice(part.start, part.stop)
+        return replace(self, weight=self.weight[rows], bias=None if self.bias is None else self.bias[rows], part=part)
 
     def check(self, num_tokens: int, vocab_size: int, device: torch.device) -> None:
         """Raise unless everything fits the student's tokens, vocabulary and device."""
@@ -69,7 +87,10 @@ class TeacherHead:
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """``logits [T, V]``, or a function that gives the rows ``[C, V]`` of flat token numbers ``[C]`` (int64)."""
+    """``logits [T, V]``, or a function that gives the rows ``[C, V]`` of flat token numbers ``[C]`` (int64).
+
+    Where ranks share the vocabulary V is that of this rank's part; a whole tensor is cut.
+    """
 
     logits: Tensor | LogitsFn
     hidden_size: int = field(default=0, init=False)
@@ -88,6 +109,12 @@ class TeacherLogits:
             _check_kind("what teacher_logits_fn returns", given, out.device)
             out.copy_(given)
         out.clamp_(min=FLOOR)
+
+    def of_part(self, part: VocabPart | None) -> TeacherLogits:
+        """The columns of whole logits that belong to ``part``."""
+        if part is None or not isinstance(self.logits, Tensor) or self.logits.shape[-1] != part.vocab_size:
+            return self
+        return TeacherLogits(self.logits[..., part.start : part.stop])
 
     def check(self, num_tokens: int, vocab_size: int, device: torch.device) -> None:
         """Raise unless a tensor fits the student's tokens, vocabulary and device."""
@@ -128,6 +155,10 @@ class Teacher:
             transform_(out, None, _at(self.temperature, places), 1.0, None)
         return TeacherRows(out, self.divergence, _at(self.student_temperature, places))
 
+    def of_part(self, part: VocabPart | None) -> Teacher:
+        """The teacher of that part of the vocabulary (``None``: of all of it)."""
+        return replace(self, source=self.source.of_part(part))
+
     def check(self, num_tokens: int, vocab_size: int, device: torch.device) -> None:
         """Raise ``ShapeError``, ``DtypeError``, ``DeviceError`` or ``OptionError`` unless it fits the student."""
         self.source.check(num_tokens, vocab_size, device)
@@ -148,6 +179,11 @@ class TeacherRows:
         """Rows ``index`` of everything but the logits, which are given."""
         t = self.student_temperature
         return TeacherRows(logits, self.divergence, t.index_select(0, index) if isinstance(t, Tensor) else t)
+
+    def student_column(self, span: slice) -> float | Tensor:
+        """What divides the student's logits of rows ``span`` again, ready to meet ``[C, V]``."""
+        t = self.student_temperature
+        return t[span].unsqueeze(1) if isinstance(t, Tensor) else t
 
 
 def _copy_rows(logits: Tensor, places: Places, out: Tensor) -> None:

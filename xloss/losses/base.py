@@ -5,18 +5,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from inspect import getattr_static
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed.vocab import HeadWeight
 from xloss.errors import MissingFieldError, OptionError
 from xloss.head.backend import LossTwin
 from xloss.head.options import LiveRows
 from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
 from xloss.losses import run
+from xloss.losses.agreed import calibrating
 from xloss.losses.config import BaseLossConfig
 from xloss.losses.info import LossInfo
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs
@@ -79,12 +83,13 @@ class BaseLossContext(Generic[InputItem]):
             cu_seq_lens_list: bounds of the packed sequences of each micro-batch (whole packs, also under ``sp_mesh``).
             sp_mesh: ranks that hold parts of one sequence.
         """
-        kwargs_cls = loss_cfg.loss_kwargs_cls
-        shared = [n for n in kwargs_cls.model_fields if data_batches and n in type(data_batches[0]).model_fields]
-        kwargs_list = [kwargs_cls(**{n: getattr(item, n) for n in shared}) for item in data_batches]
-        cls.calibrate(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh)
-        for kwargs in kwargs_list:
-            cls(loss_cfg, kwargs).find_rows()
+        with cls._calibrating(loss_cfg, data_batches, sp_mesh):
+            kwargs_cls = loss_cfg.loss_kwargs_cls
+            shared = [n for n in kwargs_cls.model_fields if data_batches and n in type(data_batches[0]).model_fields]
+            kwargs_list = [kwargs_cls(**{n: getattr(item, n) for n in shared}) for item in data_batches]
+            cls.calibrate(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh)
+            for kwargs in kwargs_list:
+                cls(loss_cfg, kwargs).find_rows()
         return kwargs_list
 
     @classmethod
@@ -97,13 +102,22 @@ class BaseLossContext(Generic[InputItem]):
         """Calibrate contexts made by ``config.build`` together, in place, and return them."""
         if not loss_ctx_list:
             raise OptionError("loss_ctx_list must not be empty")
-        first = loss_ctx_list[0].loss_cfg
-        if any(ctx.loss_cfg != first for ctx in loss_ctx_list):
-            raise OptionError("loss_ctx_list holds contexts of different configs; calibrate each config's apart")
-        cls.calibrate([ctx.loss_kwargs for ctx in loss_ctx_list], first, cu_seq_lens_list, sp_mesh)
-        for ctx in loss_ctx_list:
-            ctx.find_rows()
+        first, kwargs_list = loss_ctx_list[0].loss_cfg, [ctx.loss_kwargs for ctx in loss_ctx_list]
+        with cls._calibrating(first, kwargs_list, sp_mesh):
+            if any(ctx.loss_cfg != first for ctx in loss_ctx_list):
+                raise OptionError("loss_ctx_list holds contexts of different configs; calibrate each config's apart")
+            cls.calibrate(kwargs_list, first, cu_seq_lens_list, sp_mesh)
+            for ctx in loss_ctx_list:
+                ctx.find_rows()
         return list(loss_ctx_list)
+
+    @classmethod
+    def _calibrating(
+        cls, loss_cfg: Any, batches: Sequence[Any], sp_mesh: DeviceMesh | None
+    ) -> AbstractContextManager[None]:
+        """Errors of one rank on all, where there is something to calibrate together."""
+        alone = getattr_static(cls, "calibrate") is getattr_static(BaseLossContext, "calibrate")
+        return nullcontext() if alone else calibrating(loss_cfg, batches, sp_mesh)
 
     @classmethod
     def calibrate(
@@ -113,7 +127,10 @@ class BaseLossContext(Generic[InputItem]):
         cu_seq_lens_list: Sequence[Tensor] | None,
         sp_mesh: DeviceMesh | None,
     ) -> None:
-        """Fill in, in place, what only the whole global batch knows: denominators and weights. Default: nothing."""
+        """Fill in, in place, what only the whole global batch knows: denominators and weights. Default: nothing.
+
+        A class that overrides it builds its batches on all ranks together: what one rank raises, all do.
+        """
 
     @classmethod
     def cat(cls, chunks: Sequence[Self]) -> Self:
@@ -185,13 +202,13 @@ class BaseLossContext(Generic[InputItem]):
 
     @outside_compile
     def forward(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+        self, hidden_states: Tensor, head_weight: HeadWeight, head_bias: Tensor | None = None
     ) -> tuple[Tensor, LossInfo]:
         """Loss of this micro-batch (its share of the global one) and what was seen on the way.
 
         Args:
             hidden_states: ``[T, H]``, ``[1, T, H]`` or ``[B, S, H]``, leading shape of ``shifted_labels``.
-            head_weight: ``[V, H]``.
+            head_weight: ``[V, H]``; on ranks that share the vocabulary a DTensor ``Shard(0)`` or a ``VocabShard``.
             head_bias: ``[V]`` or ``None``.
 
         Returns:
@@ -208,7 +225,7 @@ class BaseLossContext(Generic[InputItem]):
     def explain(
         self,
         hidden_states: Tensor | None = None,
-        head_weight: Tensor | None = None,
+        head_weight: HeadWeight | None = None,
         head_bias: Tensor | None = None,
     ) -> Plan:
         """What ``forward`` would do with these inputs, and why; ``print`` it. Does none of the work.

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed.vocab import HeadWeight
 from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
 from xloss.head.teacher import LogitsFn, Teacher
@@ -168,11 +169,11 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
     def forward(
         self,
         hidden_states: Tensor,
-        head_weight: Tensor,
+        head_weight: HeadWeight,
         head_bias: Tensor | None = None,
         values: Tensor | None = None,
         *,
-        teacher_head_weight: Tensor | None = None,
+        teacher_head_weight: HeadWeight | None = None,
         teacher_head_bias: Tensor | None = None,
         teacher_logits_fn: LogitsFn | None = None,
     ) -> tuple[Tensor, LossInfo]:
@@ -194,10 +195,10 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
     def explain(
         self,
         hidden_states: Tensor | None = None,
-        head_weight: Tensor | None = None,
+        head_weight: HeadWeight | None = None,
         head_bias: Tensor | None = None,
         *,
-        teacher_head_weight: Tensor | None = None,
+        teacher_head_weight: HeadWeight | None = None,
         teacher_head_bias: Tensor | None = None,
         teacher_logits_fn: LogitsFn | None = None,
     ) -> Plan:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed.vocab import HeadWeight
 from xloss.errors import OptionError, UnsupportedError
 from xloss.head.backend import LossTwin
 from xloss.head.outside_compile import outside_compile
@@ -139,11 +140,11 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     def forward(
         self,
         hidden_states: Tensor,
-        head_weight: Tensor,
+        head_weight: HeadWeight,
         head_bias: Tensor | None = None,
         *,
         values: Tensor | None = None,
-        ref_head_weight: Tensor | None = None,
+        ref_head_weight: HeadWeight | None = None,
         ref_head_bias: Tensor | None = None,
     ) -> tuple[Tensor, LossInfo]:
         """As ``BaseLossContext.forward``, and what some configs need beside.
@@ -164,17 +165,17 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
     def explain(
         self,
         hidden_states: Tensor | None = None,
-        head_weight: Tensor | None = None,
+        head_weight: HeadWeight | None = None,
         head_bias: Tensor | None = None,
         *,
-        ref_head_weight: Tensor | None = None,
+        ref_head_weight: HeadWeight | None = None,
         ref_head_bias: Tensor | None = None,
     ) -> Plan:
         """As ``BaseLossContext.explain``, with the reference's head where ``forward`` takes one."""
         ref = None if hidden_states is None else self._reference(ref_head_weight, ref_head_bias)
         return run.explain(self, hidden_states, head_weight, head_bias, ref)
 
-    def _reference(self, head_weight: Tensor | None, head_bias: Tensor | None) -> Teacher | None:
+    def _reference(self, head_weight: HeadWeight | None, head_bias: Tensor | None) -> Teacher | None:
         kw = self.loss_kwargs
         return reference(kw, self.loss_cfg, self.head_temperature(kw), head_weight, head_bias)
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from xloss.distributed.vocab import HeadWeight
 from xloss.losses.base import BaseLossContext, TokenLoss
 from xloss.losses.config import BaseLossConfig
 from xloss.losses.info import LossInfo
@@ -39,7 +40,7 @@ class LogProbContext(BaseLossContext[BaseLossContextInputItem]):
         return stats.logprobs.sum()
 
     def forward(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+        self, hidden_states: Tensor, head_weight: HeadWeight, head_bias: Tensor | None = None
     ) -> tuple[Tensor, LossInfo]:
         """Log-probs ``[.., T]``, nats, float32 (float64 for float64); and the ``LossInfo``."""
         _, info = super().forward(hidden_states, head_weight, head_bias)

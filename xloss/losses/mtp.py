@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from xloss import distributed
+from xloss.distributed.vocab import HeadWeight
 from xloss.errors import MissingFieldError
 from xloss.head.backend import LossTwin
 from xloss.head.plan import Plan
@@ -141,7 +142,7 @@ class MTPLossContext(CELossContext):
         return kl * loss_kwargs.loss_weight, {**metrics, "mtp_kl": Metric.mean(kl)}
 
     def forward(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+        self, hidden_states: Tensor, head_weight: HeadWeight, head_bias: Tensor | None = None
     ) -> tuple[Tensor, LossInfo]:
         """As ``BaseLossContext.forward``, with the hidden states of this depth."""
         return super().forward(hidden_states, *self._head(head_weight, head_bias))
@@ -151,14 +152,14 @@ class MTPLossContext(CELossContext):
     def explain(
         self,
         hidden_states: Tensor | None = None,
-        head_weight: Tensor | None = None,
+        head_weight: HeadWeight | None = None,
         head_bias: Tensor | None = None,
     ) -> Plan:
         if head_weight is not None:
             head_weight, head_bias = self._head(head_weight, head_bias)
         return super().explain(hidden_states, head_weight, head_bias)
 
-    def _head(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _head(self, weight: HeadWeight, bias: Tensor | None) -> tuple[HeadWeight, Tensor | None]:
         if not self.loss_cfg.detach_mtp_lm_head_weight:
             return weight, bias
         return weight.detach(), None if bias is None else bias.detach()

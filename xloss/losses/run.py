@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xloss.errors import MissingFieldError, OptionError, UnsupportedError
+from xloss.distributed.agree import rank_named
+from xloss.distributed.vocab import HeadWeight
+from xloss.errors import MissingFieldError, UnsupportedError
 from xloss.head import eager, engine, gemm
-from xloss.head.dispatch import Mode, RunOptions, gather_inputs, head_call, plan_call, resolve_mode
+from xloss.head.dispatch import Mode, RunOptions, gather_inputs, head_call, plan_call, resolve_mode, whole_inputs
 from xloss.head.functions import LinearLogprobs, OnePass, OnePassJob
 from xloss.head.linear_logprobs import spread_stats
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
@@ -18,10 +20,10 @@ from xloss.head.plan import Plan, PlanKind
 from xloss.head.runner import ChunkRunner
 from xloss.head.teacher import Teacher
 from xloss.losses.chunked_autograd import run_chunked, split_result
+from xloss.losses.evaluation import Evaluation
 from xloss.losses.info import LossInfo
-from xloss.losses.model import BaseLossKwargs, PerToken
+from xloss.losses.model import BaseLossKwargs
 from xloss.metrics import Metric, merge_metrics
-from xloss.packing import rows_as_segments
 from xloss.stats import DIFFERENTIABLE, StatSpec, TokenStats
 
 if TYPE_CHECKING:
@@ -31,48 +33,50 @@ if TYPE_CHECKING:
 
 
 class _Run:
-    """One forward of a token loss: checked inputs, live rows, kwargs as vectors, and the loss evaluated on them."""
+    """One forward of a token loss: checked inputs, live rows, and the loss on their statistics."""
 
     def __init__(
         self,
         ctx: Ctx,
         hidden: Tensor,
-        weight: Tensor,
+        weight: HeadWeight,
         bias: Tensor | None,
         kwargs: BaseLossKwargs,
         mode: Mode | None,
         teacher: Teacher | None,
+        *,
+        look_only: bool = False,
     ) -> None:
         cfg = ctx.loss_cfg
         self.ctx = ctx
-        self.local = ctx.is_token_local()
         self.options: HeadOptions = cfg.head_options(ctx.stats_needed() | StatSpec(entropy=cfg.return_entropy))
         self.run_options: RunOptions = cfg.run_options()
         labels, temperature = ctx.head_labels(kwargs), ctx.head_temperature(kwargs)
         self.inputs: HeadInputs = gather_inputs(
-            hidden, weight, bias, labels, temperature, self.options, self.run_options, ctx.label_field
-        )
-        ctx.vocab_size = weight.shape[0]
+            hidden, weight, bias, labels, temperature, self.options, self.run_options, ctx.label_field,
+            look_only=look_only,
+        )  # fmt: skip
+        ctx.vocab_size = self.inputs.vocab_size
         mode = mode or cfg.mode
         beside: tuple[str, ...] = ()
         if teacher is not None:
-            teacher.check(self.inputs.hidden.shape[0], weight.shape[0], weight.device)
+            teacher = teacher.of_part(self.inputs.part)
+            teacher.check(self.inputs.hidden.shape[0], self.inputs.weight.shape[0], self.inputs.weight.device)
             self.inputs = replace(self.inputs, teacher=teacher)
             mode, beside = _mode_with_teacher(mode)
         elif self.options.stats.divergence:
             raise MissingFieldError(
                 f"{type(ctx).__name__} needs a second distribution: give forward its head or logits"
             )
-        self.mode = resolve_mode(mode, weight.device.type, self.inputs.operand_dtype)
+        self.mode = resolve_mode(mode, self.inputs.weight.device.type, self.inputs.operand_dtype)
         # a chunk of the kwargs (loss_fn called by hand) has rows of its own
         self.rows: LiveRows = ctx.live_rows() if kwargs is ctx.loss_kwargs else type(ctx)(cfg, kwargs).live_rows()
-        self.kwargs = kwargs.flat(gemm.accumulate_dtype(self.inputs.operand_dtype))
-        self.metrics: list[dict[str, Metric]] = [kwargs.built_metrics]
+        self.on = Evaluation(ctx, kwargs, self.rows, self.inputs.lead, gemm.accumulate_dtype(self.inputs.operand_dtype))
         self.kind, why = self._choose()
         self.reasons: tuple[str, ...] = beside + why
 
     def _choose(self) -> tuple[PlanKind, tuple[str, ...]]:
-        asked, local = self.ctx.loss_cfg.plan, self.local
+        asked, local = self.ctx.loss_cfg.plan, self.on.local
         if asked == "one_pass" and not local:
             raise UnsupportedError(
                 f"plan='one_pass' needs a loss of each token alone; {type(self.ctx).__name__} couples tokens "
@@ -99,53 +103,6 @@ class _Run:
     def plan(self) -> Plan:
         return plan_call(self.inputs, self.options, self.rows, self.kind, self.mode, self.run_options, self.reasons)
 
-    def live_kwargs(self) -> BaseLossKwargs:
-        """Kwargs of live rows, in live order, for token-local losses."""
-        live = self.kwargs.map_tokens(lambda x, _: self.rows.take(x, 0, self.rows.num_live))
-        return live.replaced({"cu_seq_lens": None})
-
-    def whole_kwargs(self) -> BaseLossKwargs:
-        """Kwargs of all rows, 0 where a row is left out: what stands there must not matter, be it NaN.
-
-        The rows of a padded batch become its ``cu_seq_lens``.
-        """
-        index, kwargs, lead = self.rows.index, self.kwargs, self.inputs.lead
-        if kwargs.cu_seq_lens is None and len(lead) == 2 and lead[0] != 1:
-            kwargs = kwargs.replaced({"cu_seq_lens": rows_as_segments(lead, self.inputs.hidden.device)})
-        if index is None:
-            return kwargs
-        keep = torch.zeros(self.rows.total, dtype=torch.bool, device=index.device).index_fill(0, index, True)
-
-        def clean(x: Tensor, mark: PerToken) -> Tensor:
-            if not x.dtype.is_floating_point:
-                return x.masked_fill(~keep, self.ctx.loss_cfg.ignore_idx) if x is kwargs.shifted_labels else x
-            return x.masked_fill(~keep if x.ndim == 1 else ~keep.unsqueeze(1), mark.pad)
-
-        return kwargs.map_tokens(clean)
-
-    def evaluate(self, stats: TokenStats, kwargs: BaseLossKwargs) -> Tensor:
-        """``token_loss`` with its metrics put aside."""
-        out = self.ctx.token_loss(stats, kwargs)
-        loss, metrics = out if isinstance(out, tuple) else (out, {})
-        if not isinstance(loss, Tensor) or loss.ndim > 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise OptionError(f"token_loss must return a scalar or one loss per token; got {shape}")
-        if self.local and loss.shape != stats.lse.shape:
-            raise OptionError(
-                f"token_loss of {type(self.ctx).__name__} must return one loss per token, {tuple(stats.lse.shape)}, "
-                f"as token_local is True; got {tuple(loss.shape)}"
-            )
-        self.metrics.append(metrics)
-        return loss
-
-    def losses(self, live_stats: TokenStats) -> tuple[Tensor, Tensor | None]:
-        """The loss, and losses of live rows where it is a sum over tokens."""
-        if self.local:
-            losses = self.evaluate(live_stats, self.live_kwargs())
-            return losses.sum(), self.rows.spread(losses.detach())
-        loss = self.evaluate(spread_stats(live_stats, self.rows), self.whole_kwargs())
-        return (loss, None) if loss.ndim == 0 else (loss.sum(), loss.detach())
-
     def info(self, loss: Tensor, live_stats: TokenStats, token_loss: Tensor | None, plan: Plan) -> LossInfo:
         """Everything in the shape of the labels."""
         lead = self.inputs.lead
@@ -156,15 +113,16 @@ class _Run:
             logprobs=stats.logprobs,
             lse=stats.lse,
             entropy=stats.entropy,
-            token_loss=None if token_loss is None else token_loss.reshape(lead),
-            metrics=merge_metrics(self.metrics),
+            token_loss=None if token_loss is None else token_loss.detach().reshape(lead),
+            metrics=merge_metrics(self.on.metrics),
         )
 
 
+@rank_named()
 def forward(
     ctx: Ctx,
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadWeight,
     bias: Tensor | None,
     teacher: Teacher | None = None,
     values: Tensor | None = None,
@@ -200,7 +158,7 @@ def _mode_with_teacher(mode: Mode) -> tuple[Mode, tuple[str, ...]]:
 def run_token_loss(
     ctx: Ctx,
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadWeight,
     bias: Tensor | None,
     kwargs: BaseLossKwargs,
     mode: Mode | None = None,
@@ -213,21 +171,22 @@ def run_token_loss(
         return _one_pass(run, plan)
     logits = None
     if plan.kind == "eager":
-        live, z = eager.live_stats(run.inputs, run.options, run.rows)
-        logits = eager.all_logits(run.inputs, run.options, run.rows, z)
+        inputs = whole_inputs(run.inputs, run.options, run.rows, plan)
+        live, z = eager.live_stats(inputs, run.options, run.rows)
+        logits = eager.all_logits(inputs, run.options, run.rows, z)
     else:
         live = _chunked_stats(run, plan)
-    loss, token_loss = run.losses(live)
+    loss, token_loss = run.on.losses(live)
     info = run.info(loss, live, token_loss, plan)
     info.logits = None if logits is None else logits.reshape(*run.inputs.lead, logits.shape[1])
     return loss, info
 
 
 def _one_pass(run: _Run, plan: Plan) -> tuple[Tensor, LossInfo]:
-    live_kwargs = run.live_kwargs()
+    live_kwargs = run.on.live_kwargs()
 
     def loss_of(start: int, stop: int, stats: TokenStats) -> Tensor:
-        return run.evaluate(stats, live_kwargs.map_tokens(lambda x, _: x[start:stop]))
+        return run.on.evaluate(stats, live_kwargs.map_tokens(lambda x, _: x[start:stop]))
 
     call = head_call(run.inputs, run.options, run.rows, plan, run.run_options)
     empty = torch.empty(0, dtype=gemm.accumulate_dtype(run.inputs.operand_dtype), device=run.inputs.hidden.device)
@@ -235,7 +194,7 @@ def _one_pass(run: _Run, plan: Plan) -> tuple[Tensor, LossInfo]:
     loss = OnePass.apply(run.inputs.hidden, run.inputs.weight, run.inputs.bias, call, job)
     assert job.stats is not None
     if not job.losses:  # nothing is live: the metrics still have their names, on every rank
-        job.losses.append(run.evaluate(job.stats, live_kwargs))
+        job.losses.append(run.on.evaluate(job.stats, live_kwargs))
     return loss, run.info(loss, job.stats, run.rows.spread(job.token_losses()), plan)
 
 
@@ -248,7 +207,7 @@ def _chunked_stats(run: _Run, plan: Plan) -> TokenStats:
     return TokenStats(**dict(zip(DIFFERENTIABLE, values, strict=True)), top1=top1)
 
 
-def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, LossInfo]:
+def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: HeadWeight, bias: Tensor | None) -> tuple[Tensor, LossInfo]:
     """Loss and info of a context with a ``loss_fn`` of its own: whole in eager mode, else chunk by chunk."""
     cfg = ctx.loss_cfg
     if cfg.mode == "fused":
@@ -262,6 +221,7 @@ def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
                 "honour it"
             )
     plan = explain(ctx, hidden, weight, bias)
+    assert isinstance(weight, Tensor)
     if plan.kind == "eager":
         loss, logits, extra = split_result(ctx.loss_fn(hidden, weight, bias, ctx.loss_kwargs))
         parts = [extra]
@@ -280,7 +240,7 @@ def run_loss_fn(ctx: Ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def explain(
-    ctx: Ctx, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, teacher: Teacher | None = None
+    ctx: Ctx, hidden: Tensor | None, weight: HeadWeight | None, bias: Tensor | None, teacher: Teacher | None = None
 ) -> Plan:
     """The plan ``forward`` would follow; without inputs, what the last one did."""
     if hidden is None or weight is None:
@@ -288,10 +248,15 @@ def explain(
             raise MissingFieldError("explain() needs hidden_states and head_weight before the first forward")
         return ctx.last_plan
     if not ctx.has_own_loss_fn:
-        return _Run(ctx, hidden, weight, bias, ctx.loss_kwargs, None, teacher).plan
+        return _Run(ctx, hidden, weight, bias, ctx.loss_kwargs, None, teacher, look_only=True).plan
     cfg, kwargs = ctx.loss_cfg, ctx.loss_kwargs
     options, run_options = cfg.head_options(StatSpec()), cfg.run_options()
     inputs = gather_inputs(hidden, weight, bias, kwargs.shifted_labels, 1.0, options, run_options, "shifted_labels")
+    if inputs.weight is not weight:
+        raise UnsupportedError(
+            "a custom loss_fn gets plain tensors, and head_weight is on a mesh or a part of a vocabulary; "
+            "define token_loss, which every layout of the head serves"
+        )
     eager_mode = cfg.mode == "eager"
     kind: PlanKind = "eager" if eager_mode else "chunked-autograd"
     reasons = ("a custom loss_fn is differentiated by autograd",)

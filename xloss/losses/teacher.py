@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from xloss.distributed.vocab import HeadWeight, local_head
 from xloss.errors import MissingFieldError, OptionError, ShapeError
 from xloss.head.teacher import LogitsFn, Teacher, TeacherHead, TeacherLogits
 from xloss.losses.base import require
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class GivenTeacher:
     """What ``forward`` was given of a teacher, beside the batch."""
 
-    head_weight: Tensor | None
+    head_weight: HeadWeight | None
     head_bias: Tensor | None
     logits_fn: LogitsFn | None
 
@@ -54,8 +55,8 @@ class GivenTeacher:
             _check_topk(cfg, kw)
             return None
         if kw.teacher_hidden_states is not None and self.head_weight is not None:
-            hidden = _flat(kw.teacher_hidden_states)
-            return TeacherHead(hidden, self.head_weight, self.head_bias, cfg.teacher_logit_scale, cfg.teacher_softcap)
+            scale, cap = cfg.teacher_logit_scale, cfg.teacher_softcap
+            return _head(kw.teacher_hidden_states, self.head_weight, self.head_bias, scale, cap)
         if cfg.teacher_logit_scale != 1.0 or cfg.teacher_softcap is not None:
             raise OptionError(f"teacher_logit_scale and teacher_softcap belong to a teacher's head; {name} has them")
         if self.logits_fn is not None:
@@ -68,7 +69,7 @@ def reference(
     kw: GRPOLossKwargs,
     cfg: GRPOLossConfig,
     temperature: float | Tensor,
-    head_weight: Tensor | None,
+    head_weight: HeadWeight | None,
     head_bias: Tensor | None,
 ) -> Teacher | None:
     """The reference policy of ``kl_loss_type="full"``, with the policy's own scale, cap and temperature.
@@ -84,11 +85,18 @@ def reference(
         return None
     if head_weight is None:
         raise MissingFieldError("kl_loss_type='full' needs the reference's head: give forward ref_head_weight")
-    hidden = _flat(require(kw, "ref_hidden_states", "kl_loss_type='full' compares with the reference's distribution"))
+    hidden = require(kw, "ref_hidden_states", "kl_loss_type='full' compares with the reference's distribution")
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(-1)
-    source = TeacherHead(hidden, head_weight, head_bias, cfg.logit_scale, cfg.softcap)
+    source = _head(hidden, head_weight, head_bias, cfg.logit_scale, cfg.softcap)
     return Teacher(source, Divergence("reverse_kl"), temperature)
+
+
+def _head(
+    hidden: Tensor, weight: HeadWeight, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> TeacherHead:
+    head = local_head(_flat(hidden), weight, bias)
+    return TeacherHead(head.hidden, head.weight, head.bias, logit_scale, softcap, head.part)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -72,12 +72,19 @@ class Divergence:
         """``mix``, or the default of its kind."""
         return DEFAULT_MIX.get(self.kind, 0.0) if self.mix is None else self.mix
 
+    @property
+    def needs_acceptance(self) -> bool:
+        """Whether ``log alpha`` is one of its sums, the last."""
+        return self.kind in ("nla", "lk_hybrid")
+
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, of: Divergence) -> Tensor:
     """Value ``[..]`` from logits ``[.., V]``; differentiable in the student's. Entries of -inf must be ``FLOOR``."""
     if of.kind == "cosine":
-        return 1 - torch.cosine_similarity(student_logits, teacher_logits, dim=-1)
-    return _value(torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1), of)
+        return divergence_value(divergence_sums(student_logits, teacher_logits, of), of)
+    return divergence_value(
+        divergence_sums(torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1), of), of
+    )
 
 
 def divergence_grad(student_logits: Tensor, teacher_logits: Tensor, of: Divergence) -> Tensor:
@@ -86,41 +93,81 @@ def divergence_grad(student_logits: Tensor, teacher_logits: Tensor, of: Divergen
     With ``s = p * dD/dp`` it is ``s - p sum(s)``: whatever is constant over the vocabulary in ``dD/dp`` drops out.
     """
     if of.kind == "cosine":
-        norm = torch.linalg.vector_norm(student_logits, dim=-1, keepdim=True)
-        along, other = student_logits / norm, torch.nn.functional.normalize(teacher_logits, dim=-1)
-        return (along * (along * other).sum(-1, keepdim=True) - other) / norm
+        return cosine_grad(student_logits, teacher_logits, divergence_sums(student_logits, teacher_logits, of))
     log_p, log_q = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
-    slope = _slope(log_p, log_q, of)
+    slope = divergence_slope(log_p, log_q, of, log_acceptance(log_p, log_q) if of.needs_acceptance else None)
     return slope.sub_(log_p.exp_().mul_(slope.sum(-1, keepdim=True)))
 
 
-def _value(log_p: Tensor, log_q: Tensor, of: Divergence) -> Tensor:
+def divergence_sums(log_p: Tensor, log_q: Tensor, of: Divergence) -> Tensor:
+    """What the value is made of, ``[.., m]``: such that those of parts of the vocabulary can be added (``add_sums``).
+
+    Of log-probs, which are normalised over all of it: sums, and last ``log_acceptance``, where it is needed. Of logits
+    for ``cosine``: the cosine and both norms.
+    """
     kind, x = _limit(of)
-    if kind == "forward_kl":
-        return kl(log_q, log_p)
-    if kind == "reverse_kl":
-        return kl(log_p, log_q)
-    if kind == "jsd":
-        log_m = _log_mix(log_p, log_q, x)
-        return x * kl(log_q, log_m) + (1 - x) * kl(log_p, log_m)
-    if kind == "mixed":
-        return x * kl(log_q, log_p) + (1 - x) * kl(log_p, log_q)
-    if kind == "skewed_forward_kl":
-        return kl(log_q, _log_mix(log_p, log_q, x))
-    if kind == "skewed_reverse_kl":
-        return kl(log_p, _log_mix(log_p, log_q, 1 - x))
-    if kind == "tvd":
-        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    if kind == "cosine":
+        norms = [torch.linalg.vector_norm(x, dim=-1) for x in (log_p, log_q)]
+        return torch.stack([torch.cosine_similarity(log_p, log_q, dim=-1), *norms], -1)
     if kind == "nla":
-        return -_log_acceptance(log_p, log_q)
+        return log_acceptance(log_p, log_q).unsqueeze(-1)
     if kind == "lk_hybrid":
-        k = _lk_weight(log_p, log_q)
-        return k * kl(log_q, log_p) + (1 - k) * _value(log_p, log_q, Divergence("tvd"))
-    return -(log_q.exp() * log_p).sum(-1)
+        tvd = divergence_sums(log_p, log_q, Divergence("tvd")).squeeze(-1)
+        return torch.stack([kl(log_q, log_p), tvd, log_acceptance(log_p, log_q)], -1)
+    if kind == "forward_kl":
+        found = kl(log_q, log_p)
+    elif kind == "reverse_kl":
+        found = kl(log_p, log_q)
+    elif kind == "jsd":
+        log_m = _log_mix(log_p, log_q, x)
+        found = x * kl(log_q, log_m) + (1 - x) * kl(log_p, log_m)
+    elif kind == "mixed":
+        found = x * kl(log_q, log_p) + (1 - x) * kl(log_p, log_q)
+    elif kind == "skewed_forward_kl":
+        found = kl(log_q, _log_mix(log_p, log_q, x))
+    elif kind == "skewed_reverse_kl":
+        found = kl(log_p, _log_mix(log_p, log_q, 1 - x))
+    elif kind == "tvd":
+        found = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    else:
+        found = -(log_q.exp() * log_p).sum(-1)
+    return found.unsqueeze(-1)
 
 
-def _slope(log_p: Tensor, log_q: Tensor, of: Divergence) -> Tensor:
-    """``p * dD/dp``, a new tensor, up to a multiple of p."""
+def add_sums(parts: Tensor, of: Divergence) -> Tensor:
+    """``divergence_sums`` of the whole vocabulary from those of its parts, ``[n, .., m]``."""
+    if of.kind == "cosine":
+        cosines, *norms = parts.unbind(-1)
+        whole = [torch.linalg.vector_norm(n, dim=0) for n in norms]
+        shares = [n / w for n, w in zip(norms, whole, strict=True)]
+        return torch.stack([(cosines * shares[0] * shares[1]).sum(0), *whole], -1)
+    total = parts.sum(0)
+    if of.needs_acceptance:
+        total[..., -1] = torch.logsumexp(parts[..., -1], 0)
+    return total
+
+
+def divergence_value(sums: Tensor, of: Divergence) -> Tensor:
+    """The divergence ``[..]`` from ``divergence_sums``."""
+    if of.kind == "cosine":
+        return 1 - sums[..., 0]
+    if of.kind == "nla":
+        return -sums[..., 0]
+    if of.kind == "lk_hybrid":
+        forward, tvd, acceptance = sums.unbind(-1)
+        k = _lk_weight(acceptance)
+        return k * forward + (1 - k) * tvd
+    return sums[..., 0]
+
+
+def cosine_grad(student_logits: Tensor, teacher_logits: Tensor, sums: Tensor) -> Tensor:
+    """Derivative of ``cosine`` with respect to the student's logits."""
+    cosine, norm, norm_other = (x.unsqueeze(-1) for x in sums.unbind(-1))
+    return (student_logits / norm * cosine - teacher_logits / norm_other) / norm
+
+
+def divergence_slope(log_p: Tensor, log_q: Tensor, of: Divergence, acceptance: Tensor | None) -> Tensor:
+    """``p * dD/dp``, a new tensor, up to a multiple of p; ``acceptance``: ``log_acceptance`` where it is needed."""
     kind, x = _limit(of)
     if kind in ("forward_kl", "cross_entropy"):
         return log_q.exp().neg_()
@@ -135,14 +182,20 @@ def _slope(log_p: Tensor, log_q: Tensor, of: Divergence) -> Tensor:
     if kind == "skewed_reverse_kl":
         ratio = log_p - _log_mix(log_p, log_q, 1 - x)
         return log_p.exp() * (ratio - x * ratio.exp())
-    if kind == "nla":  # p / alpha where p < q, at most 1 however small alpha is; half of it where they are equal
-        share = (log_p - _log_acceptance(log_p, log_q).unsqueeze(-1)).clamp_(max=0).exp_()
-        return share * (torch.sign(log_p - log_q) - 1).mul_(0.5)
-    half_sign = 0.5 * torch.sign(log_p - log_q) * log_p.exp()
+    half_sign = 0.5 * torch.sign(log_p - log_q)
     if kind == "tvd":
-        return half_sign
-    k = _lk_weight(log_p, log_q).unsqueeze(-1)
-    return (1 - k) * half_sign - k * log_q.exp()
+        return half_sign * log_p.exp()
+    assert acceptance is not None
+    if kind == "nla":  # p / alpha where p < q, at most 1 however small alpha is; half of it where they are equal
+        share = (log_p - acceptance.unsqueeze(-1)).clamp_(max=0).exp_()
+        return share * (half_sign - 0.5)
+    k = _lk_weight(acceptance).unsqueeze(-1)
+    return (1 - k) * half_sign * log_p.exp() - k * log_q.exp()
+
+
+def log_acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``log alpha = log sum_v min(p_v, q_v)``."""
+    return torch.logsumexp(torch.minimum(log_p, log_q), -1)
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -165,9 +218,5 @@ def _log_mix(log_p: Tensor, log_q: Tensor, share_q: float) -> Tensor:
     return torch.logaddexp(log_p + math.log1p(-share_q), log_q + math.log(share_q))
 
 
-def _log_acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return torch.logsumexp(torch.minimum(log_p, log_q), -1)
-
-
-def _lk_weight(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return torch.exp(-_LK_RATE * _log_acceptance(log_p.detach(), log_q).exp())
+def _lk_weight(acceptance: Tensor) -> Tensor:
+    return torch.exp(-_LK_RATE * acceptance.detach().exp())

@@ -1,0 +1,234 @@
+"""Ranks that work together fail together: an error on one of them, or a difference, is raised on all and named.
+
+A rank that raises, or that was told something else than the others, would leave them waiting in a collective until it
+times out. So while ranks do something ``together`` they meet before each collective, and once more at the end, in one
+small collective of fixed size, which says whether a rank failed, what it is about to do, and what it was given. Where
+all is well it costs that exchange. Where not, a second one brings the names, and every rank raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xloss.distributed.groups import all_gather_object, announced, default_device, world_size
+from xloss.errors import MissingFieldError, OptionError, RankError
+
+_NO_WORD = -(2**62)  # below every digest and its negative, so that it decides neither extreme
+_END = "nothing more"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all ranks must have in common. ``None``: this rank has no data to tell it by.
+
+    Args:
+        options: name of each option, and its value.
+        fields: names of the fields that this rank's data have.
+    """
+
+    options: dict[str, str] | None = None
+    fields: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Report:
+    error: str | None
+    step: str
+    terms: Terms
+
+
+@contextmanager
+def together(doing: str, terms: Callable[[], Terms], group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Everything inside, ``doing`` in a message, succeeds on all ranks of ``group`` or raises on all.
+
+    The same collectives of ``xloss.distributed``, in the same order, are expected of every rank. It waits for the
+    device. Where there is one rank nothing happens.
+
+    Raises:
+        Exception: what this rank raised, with a note of its rank.
+        RankError: another rank raised, or ranks are about to do different things.
+        OptionError, MissingFieldError: ``terms`` differ; all names that do, and who has what.
+    """
+    if world_size(group) == 1:
+        yield
+        return
+    meeting = _Meeting(doing, group)
+    token = announced.set(meeting.announce)
+    try:
+        meeting.terms = terms()
+        yield
+        meeting.hold(_END)
+    except Exception as error:
+        meeting.fail(error)
+        raise
+    finally:
+        announced.reset(token)
+
+
+class _Meeting:
+    """The exchanges of one ``together``."""
+
+    def __init__(self, doing: str, group: dist.ProcessGroup | None) -> None:
+        self.doing, self.group = doing, group
+        self.terms = Terms()
+        self.over = False  # all ranks know, or the group is broken: no further exchange
+
+    @contextmanager
+    def announce(self, name: str, value: Tensor) -> Iterator[None]:
+        """Around a collective: meet, then do it."""
+        step = f"{name} of {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        self.hold(step)
+        with self._unless_broken(step):
+            yield
+
+    def hold(self, step: str, error: Exception | None = None) -> None:
+        """Tell the others what comes next here; raise where it is not the same everywhere, or a rank failed."""
+        options, fields = self.terms.options, self.terms.fields
+        words = [
+            _NO_WORD if error else digest(step),
+            _NO_WORD if options is None else digest(sorted(options.items())),
+            _NO_WORD if fields is None else digest(sorted(fields)),
+        ]
+        with self._unless_broken(step):
+            failed, differ = _compare(error is not None, words, self.group)
+        if failed or differ:
+            self.over = True
+            text = None if error is None else f"{type(error).__name__}: {error}"
+            reports = all_gather_object(_Report(text, step, self.terms), self.group)
+            if error is None:
+                raise _verdict(self.doing, reports, self.group)
+            if told := _differences(reports, self.group):
+                error.add_note("; ".join(message for _, message in told))
+
+    def fail(self, error: Exception) -> None:
+        """Tell the others, unless they know."""
+        if not self.over:
+            self.hold("raise", error)
+            error.add_note(f"raised on {_own_name()} while {self.doing}; the other ranks were told")
+
+    @contextmanager
+    def _unless_broken(self, step: str) -> Iterator[None]:
+        """Names the rank in an error of the process group itself (a peer died, or the group's timeout is over)."""
+        try:
+            yield
+        except Exception as error:
+            self.over = True
+            error.add_note(f"{_own_name()} waited for the others while {self.doing}; next here: {step}")
+            raise
+
+
+@contextmanager
+def rank_named() -> Iterator[None]:
+    """Adds the rank to an exception on its way out, where there are several."""
+    try:
+        yield
+    except Exception as error:
+        if world_size() > 1:
+            error.add_note(f"raised on {_own_name()}")
+        raise
+
+
+def agree_plan(plan: object, group: dist.ProcessGroup | None = None) -> None:
+    """Raise unless ``plan`` (its ``repr``) is the same on all ranks of ``group``, as each chunk has a collective.
+
+    One collective of fixed size. On a CPU ``OptionError`` says who has which plan. On CUDA nothing waits: the device
+    checks, and a later call fails.
+    """
+    if world_size(group) == 1:
+        return
+    device = default_device(group)
+    extremes = _extremes([digest(plan)], group)
+    if device.type == "cuda":
+        torch._assert_async(extremes[0] == -extremes[1], "the ranks of one vocabulary have different plans of chunks")
+        return
+    if extremes[0] != -extremes[1]:
+        plans = all_gather_object(str(plan), group)
+        raise OptionError(
+            f"all ranks of one vocabulary must have the same plan of chunks; it is {by_rank(plans, group)}"
+        )
+
+
+def digest(value: object) -> int:
+    """48 bits of ``repr(value)``: exact in float64 and int64."""
+    return int.from_bytes(sha256(repr(value).encode()).digest()[:6], "big")
+
+
+def _extremes(words: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Largest of each word over the ranks, then largest of each negative."""
+    low = [w if w == _NO_WORD else -w for w in words]
+    found = torch.tensor([*words, *low], device=default_device(group))
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return found
+
+
+def _compare(failed: bool, words: Sequence[int], group: dist.ProcessGroup | None) -> tuple[bool, bool]:
+    """Whether a rank failed, and whether two ranks' words differ."""
+    top, *found = _extremes([int(failed), *words], group).tolist()
+    highest, negatives = found[: len(words)], found[len(words) + 1 :]
+    return top == 1, any(high > -negative for high, negative in zip(highest, negatives, strict=True))
+
+
+def _verdict(doing: str, reports: Sequence[_Report], group: dist.ProcessGroup | None) -> Exception:
+    """What a rank raises that did not itself fail."""
+    told = _differences(reports, group)
+    failed = {rank: r.error for rank, r in enumerate(reports) if r.error is not None}
+    if failed:
+        texts = dict.fromkeys(failed.values())
+        who = [(ranks_text([k for k, v in failed.items() if v == text], group), text) for text in texts]
+        causes = "; ".join(f"{ranks} raised {text}" for ranks, text in who)
+        return RankError("; ".join([f"while {doing}, {causes}", *(message for _, message in told)]))
+    if told:
+        kind = told[0][0]
+        return kind(f"{doing} needs the same on every rank: " + "; ".join(message for _, message in told))
+    steps = by_rank([r.step for r in reports], group)
+    return RankError(f"while {doing}, ranks go on with different collectives, whatever their data: {steps}")
+
+
+def _differences(
+    reports: Sequence[_Report], group: dist.ProcessGroup | None
+) -> list[tuple[type[OptionError] | type[MissingFieldError], str]]:
+    """Each option and field that differs, as the error it makes and its message."""
+    found: list[tuple[type[OptionError] | type[MissingFieldError], str]] = []
+    numbered = list(enumerate(reports))
+    options = {rank: r.terms.options for rank, r in numbered if r.terms.options is not None}
+    for name in dict.fromkeys(n for given in options.values() for n in given):
+        values = {rank: given.get(name, "not there") for rank, given in options.items()}
+        if len(set(values.values())) > 1:
+            found.append((OptionError, f"{name} is {by_rank(values, group)}"))
+    fields = {rank: r.terms.fields for rank, r in numbered if r.terms.fields is not None}
+    for name in sorted({n for given in fields.values() for n in given}):
+        values = {rank: "given" if name in given else "None" for rank, given in fields.items()}
+        if len(set(values.values())) > 1:
+            found.append((MissingFieldError, f"{name} is {by_rank(values, group)}"))
+    return found
+
+
+def by_rank(values: dict[int, str] | Sequence[str], group: dist.ProcessGroup | None = None) -> str:
+    """Values with the ranks of ``group`` that have them: ``'token' on rank 0 and 'sample' on ranks 1, 2``."""
+    numbered = values if isinstance(values, dict) else dict(enumerate(values))
+    holders = {v: [rank for rank, other in numbered.items() if other == v] for v in dict.fromkeys(numbered.values())}
+    return " and ".join(f"{value} on {ranks_text(ranks, group)}" for value, ranks in holders.items())
+
+
+def ranks_text(ranks: Sequence[int], group: dist.ProcessGroup | None = None) -> str:
+    """Positions in ``group`` as ranks of the job: ``rank 0``, ``ranks 1, 2``, ``ranks 4 to 7, 9``."""
+    numbers = sorted(dist.get_global_rank(group, rank) for rank in ranks) if group is not None else sorted(ranks)
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    told = [f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
+    return f"{'rank' if len(numbers) == 1 else 'ranks'} {', '.join(told)}"
+
+
+def _own_name() -> str:
+    return f"rank {dist.get_rank()} of {dist.get_world_size()}"
