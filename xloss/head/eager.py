@@ -44,6 +44,8 @@ def _logits(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, start: int
     temperature = rows_of(inputs.temperature, rows, start, stop)
     with torch.autocast(hidden.device.type, enabled=False):
         z = F.linear(hidden.to(inputs.operand_dtype).to(acc), inputs.weight.to(inputs.operand_dtype).to(acc))
+        if inputs.lora is not None:
+            z = z + F.linear(inputs.lora.down(hidden).to(acc), inputs.lora.up().to(acc))
     if inputs.bias is not None:
         z = z + inputs.bias.to(acc)
     z = z * options.logit_scale
