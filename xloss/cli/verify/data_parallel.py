@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from xloss import Lora, LoraWeight
 from xloss.cli.verify.layouts import Site, Variants, dealt, layout
-from xloss.cli.verify.problem import Kind, SmallLM
+from xloss.cli.verify.problem import LORA_SCALE, Kind, SmallLM
 from xloss.cli.verify.step import Setup
 
 MICRO_BATCHES = 3
@@ -25,19 +26,14 @@ def ddp_of(site: Site, model: SmallLM) -> DistributedDataParallel:
     return DistributedDataParallel(model, device_ids=[site.rank.device] if site.rank.device.type == "cuda" else None)
 
 
-def _ddp_last(module: nn.Module) -> Callable[[int, int], None]:
-    """Reduce gradients in the last micro-batch only: what ``no_sync`` sets."""
+def last_only(module: nn.Module) -> Callable[[int, int], None]:
+    """Reduce gradients in the last micro-batch only: DDP's ``no_sync``, and what FSDP2 has for it."""
 
     def before(i: int, n: int) -> None:
-        module.require_backward_grad_sync = i == n - 1  # type: ignore[assignment]
-
-    return before
-
-
-def _fsdp_last(module: nn.Module) -> Callable[[int, int], None]:
-    def before(i: int, n: int) -> None:
-        assert isinstance(module, FSDPModule)
-        module.set_requires_gradient_sync(i == n - 1)
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(i == n - 1)
+        else:
+            module.require_backward_grad_sync = i == n - 1  # type: ignore[assignment]
 
     return before
 
@@ -68,7 +64,7 @@ def ddp(site: Site) -> Variants:
 def ddp_no_sync(site: Site) -> Variants:
     """Gradient accumulation with ``no_sync``."""
     module = ddp_of(site, site.model())
-    yield "", Setup(module, my_cut(site), before=_ddp_last(module))
+    yield "", Setup(module, my_cut(site), before=last_only(module))
 
 
 @layout("uneven-ranks", "DDP, rank r has r + 1 micro-batches", ranks=2)
@@ -76,7 +72,7 @@ def uneven_ranks(site: Site) -> Variants:
     """Ranks with different numbers of micro-batches."""
     module = ddp_of(site, site.model())
     most = site.batch.num_pairs // site.rank.world
-    yield "", Setup(module, my_cut(site, min(site.rank.rank + 1, most)), before=_ddp_last(module))
+    yield "", Setup(module, my_cut(site, min(site.rank.rank + 1, most)), before=last_only(module))
 
 
 @layout("empty-rank", "FSDP2, the last rank has nothing but a prompt without labels", ranks=2)
@@ -109,7 +105,7 @@ def fsdp2_own(site: Site) -> Variants:
         model = site.model()
         module = shard(model, [model.lm_head], reshard_after_forward=reshard)
         yield f"reshard_after_forward={reshard}", Setup(module, my_cut(site))
-        yield f"reshard_after_forward={reshard}, no sync", Setup(module, my_cut(site), before=_fsdp_last(module))
+        yield f"reshard_after_forward={reshard}, no sync", Setup(module, my_cut(site), before=last_only(module))
 
 
 @layout("fsdp2-no-reshard", "FSDP2, weights kept gathered from forward to backward", ranks=1)
@@ -131,7 +127,27 @@ def fsdp2_tied(site: Site) -> Variants:
 def fsdp2_no_sync(site: Site) -> Variants:
     """``set_requires_gradient_sync``."""
     module = shard(site.model(), [])
-    yield "", Setup(module, my_cut(site), before=_fsdp_last(module))
+    yield "", Setup(module, my_cut(site), before=last_only(module))
+
+
+class LoraLM(SmallLM):
+    """Gives the adapter to the loss as it is: no dense product."""
+
+    def adapted(self, weight: Any) -> Any:
+        """The head's weight and its adapter."""
+        assert self.lora_a is not None and self.lora_b is not None
+        return LoraWeight(weight, (Lora(self.lora_a, self.lora_b, LORA_SCALE),))
+
+
+@layout("lora-head", "LoRA on a frozen lm_head, under DDP and FSDP2", ranks=1, kind=Kind(lora=True))
+def lora_head(site: Site) -> Variants:
+    """Against the dense ``W + s B A``."""
+    module = ddp_of(site, site.model(Kind(lora=True), cls=LoraLM))
+    yield "DDP", Setup(module, my_cut(site), before=last_only(module))
+    for own in (False, True):
+        model = site.model(Kind(lora=True), cls=LoraLM)
+        unit = "a unit of its own" if own else "the root's unit"
+        yield f"FSDP2, head in {unit}", Setup(shard(model, [model.lm_head] * own), my_cut(site))
 
 
 @layout("fsdp2-bf16", "FSDP2, computed in bfloat16, reduced in float32", ranks=1, compute=torch.bfloat16)

@@ -103,7 +103,7 @@ def tp(site: Site) -> Variants:
     data, mesh = _meshes(site, site.rank.world)
     for count in (1, 2):
         model = _colwise(site.model(), mesh)
-        yield f"{count} micro-batches", Setup(model, cut_pairs(_all_pairs(site), count), group=data.get_group())
+        yield f"{count} micro-batches", Setup(model, cut_pairs(_all_pairs(site), count), data_mesh=data)
 
 
 @layout("tp-uneven", "ranks hold 1, 2, 3... parts of the head's rows", ranks=2)
@@ -114,7 +114,7 @@ def tp_uneven(site: Site) -> Variants:
     assert isinstance(model, RowsOfHead)
     model.keep_rows(mesh, list(range(1, mesh.size() + 1)))
     cut = cut_pairs(_all_pairs(site), 2)
-    yield "", Setup(model, cut, gradients=_rows_joined(mesh), group=data.get_group())
+    yield "", Setup(model, cut, gradients=_rows_joined(mesh), data_mesh=data)
 
 
 @layout("tp-sp", "rows of the head and parts of the sequence over the same ranks", ranks=2)
@@ -132,7 +132,7 @@ def tp_sp(site: Site) -> Variants:
                 dist.all_reduce(grad, group=mesh.get_group())
         return found
 
-    yield "", Setup(_colwise(model, mesh), cut_pairs(_all_pairs(site), 2), gradients=gradients, group=data.get_group())
+    yield "", Setup(_colwise(model, mesh), cut_pairs(_all_pairs(site), 2), gradients=gradients, data_mesh=data)
 
 
 @layout("dp-tp", "DDP over pairs of ranks that share the vocabulary", ranks=4, multiple=2, counts=PAIRS)
@@ -143,7 +143,7 @@ def dp_tp(site: Site) -> Variants:
     assert isinstance(model, RowsOfHead)
     module = DistributedDataParallel(model.keep_rows(mesh, [1, 1]), process_group=data.get_group())
     cut = dealt(site, data.size(), data.get_local_rank(), MICRO_BATCHES)
-    yield "", Setup(module, cut, before=last_only(module), gradients=_rows_joined(mesh), group=data.get_group())
+    yield "", Setup(module, cut, before=last_only(module), gradients=_rows_joined(mesh), data_mesh=data)
 
 
 @layout("fsdp2-tp", "FSDP2 over pairs of ranks that share the vocabulary", ranks=4, multiple=2, counts=PAIRS)
@@ -155,4 +155,4 @@ def fsdp2_tp(site: Site) -> Variants:
         for unit in [*model.blocks, *([model.lm_head] * own), model]:
             fully_shard(unit, mesh=data)
         cut = dealt(site, data.size(), data.get_local_rank(), MICRO_BATCHES)
-        yield "the head a unit of its own" if own else "", Setup(model, cut, group=data.get_group())
+        yield "the head a unit of its own" if own else "", Setup(model, cut, data_mesh=data)
