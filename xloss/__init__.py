@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from xloss.distributed import TokenRanks
 from xloss.distributed.access import Head, head_weight
 from xloss.distributed.vocab import VocabShard
 from xloss.errors import XlossError
@@ -88,6 +89,7 @@ __all__ = [
     "SoftCELossContextInputItem",
     "SoftCELossKwargs",
     "StatSpec",
+    "TokenRanks",
     "TokenStats",
     "ValueLossConfig",
     "VocabShard",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from xloss.distributed import all_gather, all_gather_object, default_device, world_size
+from xloss.distributed import Ranks, all_gather, all_gather_object, default_device, world_size
 from xloss.distributed.agree import by_rank, digest, ranks_text
 from xloss.errors import OptionError
 
@@ -59,7 +59,7 @@ class Metric:
         return {name: cls(total, count, "mean") for name, total in zip(of, sums.unbind(), strict=True)}
 
     @classmethod
-    def totals(cls, of: dict[str, Tensor], scale: float = 1.0) -> dict[str, Metric]:
+    def totals(cls, of: dict[str, Tensor], scale: float | Tensor = 1.0) -> dict[str, Metric]:
         """``total`` of several vectors of one shape and dtype, times ``scale``, summed as one."""
         sums = torch.stack([x.detach() for x in of.values()]).flatten(1).sum(1) * scale
         return {name: cls(total) for name, total in zip(of, sums.unbind(), strict=True)}
@@ -89,6 +89,11 @@ class Metric:
             return Metric(pick(self.value, other.value), None, self.reducer)
         count = None if self.count is None or other.count is None else self.count + other.count
         return Metric(self.value + other.value, count, self.reducer)
+
+    def empty(self) -> Metric:
+        """What adds nothing to this metric."""
+        value = torch.full_like(self.value, _EMPTY.get(self.reducer, 0))
+        return Metric(value, None if self.count is None else torch.zeros_like(self.count), self.reducer)
 
     def to(self, device: torch.device | str) -> Metric:
         """The same on ``device``."""
@@ -127,11 +132,13 @@ def merge_metrics(parts: Iterable[dict[str, Metric]]) -> dict[str, Metric]:
     return merged
 
 
-def finalize_metrics(parts: Iterable[dict[str, Metric]], group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+def finalize_metrics(parts: Iterable[dict[str, Metric]], group: Ranks = None) -> dict[str, Tensor]:
     """Results over all ``parts`` and, when ``torch.distributed`` is initialised, all ranks of ``group``.
 
-    Over ranks: one all-gather, merged in the order of ranks, in float64. It waits for the device, to see that all ranks
-    have the same metrics; ``OptionError`` on every rank names those that some lack.
+    ``group``: the ``data_mesh`` that the batches were built with, or a process group; default all ranks. Over ranks:
+    one all-gather, merged in the order of ranks, in float64. It waits for the device, to see that all ranks have the
+    same metrics; ``OptionError`` on every rank names those that some lack. A rank without any (it had no micro-batch)
+    gets those of the others.
     """
     merged = merge_metrics(parts)
     if world_size(group) > 1:
@@ -140,43 +147,51 @@ def finalize_metrics(parts: Iterable[dict[str, Metric]], group: dist.ProcessGrou
 
 
 _BLOCK = 1024  # numbers in the first gather of every rank, whatever its metrics are
-_Layout = dict[str, tuple[Reducer, int, bool]]
+_Layout = dict[str, tuple[Reducer, tuple[int, ...], bool]]
 
 
-def _over_ranks(merged: dict[str, Metric], group: dist.ProcessGroup | None) -> dict[str, Metric]:
+def _over_ranks(merged: dict[str, Metric], group: Ranks) -> dict[str, Metric]:
     """``merged`` of all ranks of ``group`` as one."""
-    layout: _Layout = {n: (m.reducer, m.value.numel(), m.count is not None) for n, m in sorted(merged.items())}
-    own = digest(layout)
+    layout: _Layout = {n: (m.reducer, tuple(m.value.shape), m.count is not None) for n, m in sorted(merged.items())}
+    own = digest(layout) if layout else 0
     numbers = [t for n in layout for t in (merged[n].value, merged[n].count) if t is not None]
     device = numbers[0].device if numbers else default_device(group)
     head = torch.full((1,), own, dtype=torch.float64, device=device)
     row = torch.cat([head, *(t.to(torch.float64).reshape(-1) for t in numbers)])
     row = torch.nn.functional.pad(row, (0, -row.numel() % _BLOCK))
     rows = all_gather(row[:_BLOCK], group)
+    has_metrics = rows[:, 0] != 0
     if bool((rows[:, 0] != own).any()):  # which every rank sees
-        _raise_differing(layout, group)
+        layout = _common(all_gather_object(layout, group), group)
+        size = 1 + sum(prod(shape) + counted for _, shape, counted in layout.values())
+        row = torch.nn.functional.pad(row, (0, size + -size % _BLOCK - row.numel()))
     if row.numel() > _BLOCK:
         rows = torch.cat([rows, all_gather(row[_BLOCK:], group)], 1)
-    sums, extremes = rows.sum(0), {"max": rows.amax(0), "min": rows.amin(0)}
+    rows = rows[has_metrics]
+    sums, extremes = rows.sum(0), {"max": rows.amax(0), "min": rows.amin(0)} if layout else {}
     out, at = {}, 1
-    for name, (reducer, size, counted) in layout.items():
-        value = extremes.get(reducer, sums)[at : at + size].reshape(merged[name].value.shape)
+    for name, (reducer, shape, counted) in layout.items():
+        size = prod(shape)
+        value = extremes.get(reducer, sums)[at : at + size].reshape(shape)
         out[name] = Metric(value, sums[at + size] if counted else None, reducer)
         at += size + counted
-    return {name: out[name] for name in merged}
+    return {name: out[name] for name in merged or layout}
 
 
-def _raise_differing(layout: _Layout, group: dist.ProcessGroup | None) -> None:
-    layouts: list[_Layout] = all_gather_object(layout, group)
-    names = sorted({name for each in layouts for name in each})
+def _common(layouts: list[_Layout], group: Ranks) -> _Layout:
+    """The one layout of all ranks that have metrics."""
+    present = {rank: layout for rank, layout in enumerate(layouts) if layout}
+    names = sorted({name for each in present.values() for name in each})
     holders: dict[tuple[str, ...], list[int]] = {}
-    for rank, each in enumerate(layouts):
+    for rank, each in present.items():
         holders.setdefault(tuple(n for n in names if n not in each), []).append(rank)
     told = [f"{ranks_text(r, group)} {'lack' if r[1:] else 'lacks'} {list(n)}" for n, r in holders.items() if n]
     for name in names:
-        kinds = {rank: f"{each[name][0]}[{each[name][1]}]" for rank, each in enumerate(layouts) if name in each}
+        kinds = {rank: f"{each[name][0]}[{prod(each[name][1])}]" for rank, each in present.items() if name in each}
         if len(set(kinds.values())) > 1:
             told.append(f"{name} is {by_rank(kinds, group)}")
-    raise OptionError(
-        f"finalize_metrics needs the same metrics on every rank, with the same reducers: {'; '.join(told)}"
-    )
+    if told:
+        raise OptionError(
+            f"finalize_metrics needs the same metrics on every rank, with the same reducers: {'; '.join(told)}"
+        )
+    return next(iter(present.values()))

@@ -48,7 +48,7 @@ class TokenMeanContext(BaseLossContext[SequenceRatioItem]):
         kwargs_list: list[Any],
         loss_cfg: Any,
         cu_seq_lens_list: Sequence[Tensor] | None,
-        sp_mesh: Any,
+        ranks: Any,
     ) -> None:
         assert cu_seq_lens_list is not None
         for kwargs, bounds in zip(kwargs_list, cu_seq_lens_list, strict=True):

@@ -38,13 +38,13 @@ class Context(BaseLossContext[Item]):
     loss_kwargs: Kwargs
 
     @classmethod
-    def calibrate(cls, kwargs_list: list[Any], loss_cfg: Any, cu_seq_lens_list: Any, sp_mesh: Any) -> None:
+    def calibrate(cls, kwargs_list: list[Any], loss_cfg: Any, cu_seq_lens_list: Any, ranks: Any) -> None:
         steps = kwargs_list[0].steps.tolist()
         for i, maximum in enumerate([*steps, None]):
             if i == kwargs_list[0].raises_at:
                 raise ValueError(f"step {i}")
             if maximum:
-                distributed.all_reduce_max(1, torch.device("cpu"))
+                distributed.all_reduce_max(1)
             elif maximum is not None:
                 distributed.all_reduce_sum(torch.ones(1))
 

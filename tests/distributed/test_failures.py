@@ -95,7 +95,9 @@ def jobs(rank: int, mesh: Any) -> dict[str, Callable[[], object]]:
         "rows": lambda: build(failing.item(LABELS, ["sum"], rows=not odd), custom()),
         "collective": lambda: build(failing.item(LABELS, ["sum"] if odd else ["max"]), custom()),
         "one-more": lambda: build(failing.item(LABELS, ["sum"] * (2 if odd else 1)), custom()),
-        "mesh": lambda: build(ce(), CELossConfig(), BOUNDS, mesh if odd else None),
+        "mesh": lambda: (
+            build(ce().sp_split(mesh), CELossConfig(), BOUNDS, mesh) if odd else build(ce(), CELossConfig())
+        ),
         "contexts": lambda: failing.build_contexts(
             [CELossConfig(), CELossConfig(softcap=3.0) if odd else CELossConfig()], LABELS, BOUNDS
         ),

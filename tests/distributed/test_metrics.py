@@ -55,10 +55,8 @@ def differing(rank: int, how: str) -> str:
             mine = [{**p, "extra": p["total"]} for p in mine]
         elif how == "reducer":
             mine = [{**p, "max": Metric(p["max"].value, None, "min")} for p in mine]
-        elif how == "many":
-            mine = parts(rank, 2000)
         else:
-            mine = []
+            mine = parts(rank, 2000)
     with pytest.raises(OptionError) as error:
         finalize_metrics(mine)
     return str(error.value)
@@ -116,7 +114,10 @@ def worker(rank: int, folder: str) -> None:
         seen = {
             "few": finalize_metrics(parts(rank)),
             "many": finalize_metrics(parts(rank, 2000)),
-            "errors": {how: differing(rank, how) for how in ("name", "reducer", "many", "none")},
+            "errors": {how: differing(rank, how) for how in ("name", "reducer", "many")},
+            "few-alone": finalize_metrics(parts(0) if rank == 0 else []),
+            "many-alone": finalize_metrics(parts(0, 2000) if rank == 0 else []),
+            "none": finalize_metrics([]),
             "mean": terms(rows, "mean"),
             "sum": terms(rows, "sum"),
             "split": split_sequences(),
@@ -149,7 +150,17 @@ def test_differing_metrics_raise_on_every_rank(ranks: list[dict[str, Any]]) -> N
         assert "rank 0 lacks ['extra']" in seen["errors"]["name"]
         assert "max is max[1] on rank 0 and min[1] on rank 1" in seen["errors"]["reducer"]
         assert "rank 0 lacks ['many_0'" in seen["errors"]["many"]
-        assert "rank 1 lacks ['ess', 'max'" in seen["errors"]["none"]
+
+
+@pytest.mark.parametrize("name", ["few", "many"])
+def test_rank_without_a_micro_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    """It gets the figures of the others, and changes none."""
+    want = finalize_metrics(parts(0, 2000 if name == "many" else 0))
+    for seen in ranks:
+        assert seen[f"{name}-alone"].keys() == want.keys()
+        for figure, value in want.items():
+            torch.testing.assert_close(seen[f"{name}-alone"][figure].to(value.dtype), value, msg=figure)
+        assert seen["none"] == {}
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])

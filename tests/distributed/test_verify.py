@@ -19,9 +19,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from xloss import CELossContext, distributed
+from xloss import CELossContext, TokenRanks
 from xloss.cli import app
-from xloss.losses import calibration
+from xloss.distributed import ranks as rank_sums
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = "packing micro-batches ddp-no-sync fsdp2-root"
@@ -59,7 +59,7 @@ def test_too_few_processes_is_skipped_and_not_passed() -> None:
 # -- planted bugs ------------------------------------------------------------------------------------------------------
 
 
-def mean_of_means(cls: Any, kwargs_list: Any, loss_cfg: Any, cu_seq_lens_list: Any, sp_mesh: Any) -> None:
+def mean_of_means(cls: Any, kwargs_list: Any, loss_cfg: Any, cu_seq_lens_list: Any, ranks: Any) -> None:
     for kwargs in kwargs_list:
         valid = kwargs.shifted_labels != loss_cfg.ignore_idx
         kwargs.loss_weight = valid / valid.sum().clamp(min=1) / len(kwargs_list)
@@ -69,9 +69,9 @@ def mean_of_means(cls: Any, kwargs_list: Any, loss_cfg: Any, cu_seq_lens_list: A
 def planted(bug: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if bug == "gradient factor":
-            patch.setattr(calibration, "gradient_factor", lambda grad_reduce: 1.0)
+            patch.setattr(TokenRanks, "gradient_factor", lambda ranks, grad_reduce: 1.0)
         elif bug == "missing all-reduce":
-            patch.setattr(distributed, "all_reduce_sum", lambda value, group=None: value)
+            patch.setattr(rank_sums, "all_reduce_sum", lambda value, ranks=None: value)
         elif bug == "mean of means":
             patch.setattr(CELossContext, "calibrate", classmethod(mean_of_means))
         yield

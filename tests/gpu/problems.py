@@ -98,7 +98,7 @@ class OwnKwargs(BaseLossKwargs):
 
 class _OwnContext(BaseLossContext[OwnItem]):
     @classmethod
-    def calibrate(cls, kwargs_list: list[Any], loss_cfg: Any, cu_seq_lens_list: Any, sp_mesh: Any) -> None:
+    def calibrate(cls, kwargs_list: list[Any], loss_cfg: Any, cu_seq_lens_list: Any, ranks: Any) -> None:
         for kwargs in kwargs_list:
             valid = (kwargs.shifted_labels != loss_cfg.ignore_idx).float()
             kwargs.loss_weight = valid / valid.sum()

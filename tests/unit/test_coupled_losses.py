@@ -6,7 +6,7 @@ or a prompt whose parts stand in several places is an error, never a smaller one
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -33,13 +33,6 @@ COUPLED: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 every_coupled = pytest.mark.parametrize(("fields", "why"), COUPLED.values(), ids=COUPLED)
-
-
-class TwoRanks:
-    """What calibration asks of a mesh before it refuses."""
-
-    def size(self) -> int:
-        return 2
 
 
 def item(labels: Tensor, **fields: Any) -> RLLossContextInputItem:
@@ -97,15 +90,6 @@ def test_ranking_by_entropy_needs_no_bounds(run: dict[str, Any]) -> None:
     _, info = build(labels, GRPOLossConfig(**fields, **run), bounds=None).forward(hidden, weight)
     masked = round(float(info.metrics["low_entropy_masked_frac"].result()) * 9)
     assert masked == 7  # of 9 live tokens, 0.2: those at or above the 0.8 quantile, which lies between the last two
-
-
-@every_coupled
-def test_sequence_parallelism_is_refused(fields: dict[str, Any], why: str) -> None:
-    _, _, labels = tensors()
-    with pytest.raises(UnsupportedError, match=f"{why}.*sp_mesh"):
-        GRPOLossContext.build_batches_loss_kwargs(
-            [item(labels)], GRPOLossConfig(**fields), sp_mesh=cast("Any", TwoRanks())
-        )
 
 
 @every_coupled

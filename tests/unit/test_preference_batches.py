@@ -223,21 +223,6 @@ def test_cat_joins_packs_and_nothing_splits() -> None:
         PreferenceLossKwargs.cat(shifts)
 
 
-class Ranks:
-    """As much of a mesh as is asked for."""
-
-    def size(self) -> int:
-        return 2
-
-
-def test_sequence_parallelism_is_refused() -> None:
-    mesh: Any = Ranks()
-    with pytest.raises(UnsupportedError, match="sequence parallelism"):
-        item().sp_split(mesh)
-    with pytest.raises(UnsupportedError, match="sp_mesh"):
-        PreferenceLossContext.build_batches_loss_kwargs([item()], DPO, cu_seq_lens_list=[CU], sp_mesh=mesh)
-
-
 def test_contexts_from_a_dict() -> None:
     given = item()
     contexts = [

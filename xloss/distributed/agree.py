@@ -17,7 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xloss.distributed.groups import all_gather_object, announced, default_device, world_size
+from xloss.distributed.groups import (
+    Ranks,
+    all_gather_object,
+    announced,
+    default_device,
+    groups_of,
+    ranks_in,
+    world_size,
+)
 from xloss.errors import MissingFieldError, OptionError, RankError
 
 _NO_WORD = -(2**62)  # below every digest and its negative, so that it decides neither extreme
@@ -45,7 +53,7 @@ class _Report:
 
 
 @contextmanager
-def together(doing: str, terms: Callable[[], Terms], group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def together(doing: str, terms: Callable[[], Terms], group: Ranks = None) -> Iterator[None]:
     """Everything inside, ``doing`` in a message, succeeds on all ranks of ``group`` or raises on all.
 
     The same collectives of ``xloss.distributed``, in the same order, are expected of every rank. It waits for the
@@ -75,14 +83,17 @@ def together(doing: str, terms: Callable[[], Terms], group: dist.ProcessGroup | 
 class _Meeting:
     """The exchanges of one ``together``."""
 
-    def __init__(self, doing: str, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, doing: str, group: Ranks) -> None:
         self.doing, self.group = doing, group
         self.terms = Terms()
         self.over = False  # all ranks know, or the group is broken: no further exchange
 
     @contextmanager
-    def announce(self, name: str, value: Tensor) -> Iterator[None]:
-        """Around a collective: meet, then do it."""
+    def announce(self, name: str, value: Tensor, ranks: Ranks) -> Iterator[None]:
+        """Around a collective: meet, then do it. One of some of the ranks only is their own, so it goes unannounced."""
+        if ranks_in(ranks) != ranks_in(self.group):
+            yield
+            return
         step = f"{name} of {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
         self.hold(step)
         with self._unless_broken(step):
@@ -135,7 +146,7 @@ def rank_named() -> Iterator[None]:
         raise
 
 
-def agree_plan(plan: object, group: dist.ProcessGroup | None = None) -> None:
+def agree_plan(plan: object, group: Ranks = None) -> None:
     """Raise unless ``plan`` (its ``repr``) is the same on all ranks of ``group``, as each chunk has a collective.
 
     One collective of fixed size. On a CPU ``OptionError`` says who has which plan. On CUDA nothing waits: the device
@@ -160,22 +171,23 @@ def digest(value: object) -> int:
     return int.from_bytes(sha256(repr(value).encode()).digest()[:6], "big")
 
 
-def _extremes(words: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+def _extremes(words: Sequence[int], group: Ranks) -> Tensor:
     """Largest of each word over the ranks, then largest of each negative."""
     low = [w if w == _NO_WORD else -w for w in words]
     found = torch.tensor([*words, *low], device=default_device(group))
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    for each in groups_of(group):
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=each)
     return found
 
 
-def _compare(failed: bool, words: Sequence[int], group: dist.ProcessGroup | None) -> tuple[bool, bool]:
+def _compare(failed: bool, words: Sequence[int], group: Ranks) -> tuple[bool, bool]:
     """Whether a rank failed, and whether two ranks' words differ."""
     top, *found = _extremes([int(failed), *words], group).tolist()
     highest, negatives = found[: len(words)], found[len(words) + 1 :]
     return top == 1, any(high > -negative for high, negative in zip(highest, negatives, strict=True))
 
 
-def _verdict(doing: str, reports: Sequence[_Report], group: dist.ProcessGroup | None) -> Exception:
+def _verdict(doing: str, reports: Sequence[_Report], group: Ranks) -> Exception:
     """What a rank raises that did not itself fail."""
     told = _differences(reports, group)
     failed = {rank: r.error for rank, r in enumerate(reports) if r.error is not None}
@@ -192,7 +204,7 @@ def _verdict(doing: str, reports: Sequence[_Report], group: dist.ProcessGroup | 
 
 
 def _differences(
-    reports: Sequence[_Report], group: dist.ProcessGroup | None
+    reports: Sequence[_Report], group: Ranks
 ) -> list[tuple[type[OptionError] | type[MissingFieldError], str]]:
     """Each option and field that differs, as the error it makes and its message."""
     found: list[tuple[type[OptionError] | type[MissingFieldError], str]] = []
@@ -210,16 +222,16 @@ def _differences(
     return found
 
 
-def by_rank(values: dict[int, str] | Sequence[str], group: dist.ProcessGroup | None = None) -> str:
+def by_rank(values: dict[int, str] | Sequence[str], group: Ranks = None) -> str:
     """Values with the ranks of ``group`` that have them: ``'token' on rank 0 and 'sample' on ranks 1, 2``."""
     numbered = values if isinstance(values, dict) else dict(enumerate(values))
     holders = {v: [rank for rank, other in numbered.items() if other == v] for v in dict.fromkeys(numbered.values())}
     return " and ".join(f"{value} on {ranks_text(ranks, group)}" for value, ranks in holders.items())
 
 
-def ranks_text(ranks: Sequence[int], group: dist.ProcessGroup | None = None) -> str:
+def ranks_text(ranks: Sequence[int], group: Ranks = None) -> str:
     """Positions in ``group`` as ranks of the job: ``rank 0``, ``ranks 1, 2``, ``ranks 4 to 7, 9``."""
-    numbers = sorted(dist.get_global_rank(group, rank) for rank in ranks) if group is not None else sorted(ranks)
+    numbers = sorted(ranks) if group is None else sorted(ranks_in(group)[rank] for rank in ranks)
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

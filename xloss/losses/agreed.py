@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch.distributed as dist
 from pydantic_core import to_jsonable_python
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed import Ranks
 from xloss.distributed.agree import Terms, together
 
 
 def calibrating(
-    loss_cfg: Any, batches: Sequence[Any], sp_mesh: DeviceMesh | None, group: dist.ProcessGroup | None = None
+    loss_cfg: Any, batches: Sequence[Any], sp_mesh: DeviceMesh | None, group: Ranks = None
 ) -> AbstractContextManager[None]:
     """Around the building of ``batches`` (items or kwargs): it succeeds on every rank of ``group`` or raises on all.
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed import Ranks, TokenRanks
 from xloss.distributed.vocab import HeadWeight
 from xloss.errors import MissingFieldError, OptionError
 from xloss.head.backend import LossTwin
 from xloss.head.options import LiveRows
 from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
-from xloss.losses import run
+from xloss.losses import build, run
 from xloss.losses.agreed import calibrating
 from xloss.losses.config import BaseLossConfig
 from xloss.losses.info import LossInfo
@@ -55,6 +56,17 @@ class BaseLossContext(Generic[InputItem]):
         """What makes the loss couple tokens, for ``explain()``; asked only where ``is_token_local()`` is False."""
         return "token_local is False"
 
+    def needs_whole(self) -> bool:
+        """Whether the loss of a part of a batch is not to be had from that part: it couples tokens.
+
+        Sequence-parallel ranks then exchange statistics, and each evaluates ``token_loss`` on the whole.
+        """
+        return not self.has_own_loss_fn and not self.is_token_local()
+
+    def whole(self) -> Self:
+        """The context of all tokens of a batch split over sequence-parallel ranks; without a split, this one."""
+        return self if self.loss_kwargs.split is None else type(self)(self.loss_cfg, self.loss_kwargs.whole)
+
     def __init__(self, loss_cfg: BaseLossConfig, loss_kwargs: BaseLossKwargs) -> None:
         if not isinstance(loss_cfg, BaseLossConfig):
             raise OptionError(f"loss_cfg must be a BaseLossConfig; got {type(loss_cfg).__name__}")
@@ -74,22 +86,27 @@ class BaseLossContext(Generic[InputItem]):
         loss_cfg: Any,
         cu_seq_lens_list: Sequence[Tensor] | None = None,
         sp_mesh: DeviceMesh | None = None,
+        data_mesh: Ranks = None,
     ) -> list[Any]:
         """Kwargs of every micro-batch of one optimizer step, calibrated over all of them and all ranks.
+
+        Every rank of ``data_mesh`` calls it once a step, one without a micro-batch too (``data_batches=[]``).
 
         Args:
             data_batches: one item per micro-batch; with ``sp_mesh``, already split by ``item.sp_split(sp_mesh)``.
             loss_cfg: config of this loss.
             cu_seq_lens_list: bounds of the packed sequences of each micro-batch (whole packs, also under ``sp_mesh``).
             sp_mesh: ranks that hold parts of one sequence.
+            data_mesh: ranks that hold distinct tokens, those of ``sp_mesh`` included: a mesh of any dimensions or a
+                process group; default all ranks. ``docs/calibration.md`` has a table of engines.
+
+        Raises:
+            OptionError: an item is not split where others are, or is over other ranks than ``sp_mesh``; ``data_mesh``
+                lacks ranks of ``sp_mesh``.
         """
-        with cls._calibrating(loss_cfg, data_batches, sp_mesh):
-            kwargs_cls = loss_cfg.loss_kwargs_cls
-            shared = [n for n in kwargs_cls.model_fields if data_batches and n in type(data_batches[0]).model_fields]
-            kwargs_list = [kwargs_cls(**{n: getattr(item, n) for n in shared}) for item in data_batches]
-            cls.calibrate(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh)
-            for kwargs in kwargs_list:
-                cls(loss_cfg, kwargs).find_rows()
+        with cls._calibrating(loss_cfg, data_batches, sp_mesh, data_mesh):
+            kwargs_list = [build.kwargs_of(item, loss_cfg.loss_kwargs_cls) for item in data_batches]
+            build.calibrate_all(cls, kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh, data_mesh)
         return kwargs_list
 
     @classmethod
@@ -98,26 +115,31 @@ class BaseLossContext(Generic[InputItem]):
         loss_ctx_list: Sequence[Self],
         cu_seq_lens_list: Sequence[Tensor] | None = None,
         sp_mesh: DeviceMesh | None = None,
+        data_mesh: Ranks = None,
     ) -> list[Self]:
-        """Calibrate contexts made by ``config.build`` together, in place, and return them."""
+        """Calibrate contexts made by ``config.build`` together, in place, and return them.
+
+        Arguments and errors as in ``build_batches_loss_kwargs``.
+        """
         if not loss_ctx_list:
-            raise OptionError("loss_ctx_list must not be empty")
+            raise OptionError(
+                "loss_ctx_list must not be empty; a rank without a micro-batch takes part in the step by "
+                "build_batches_loss_kwargs([], loss_cfg)"
+            )
         first, kwargs_list = loss_ctx_list[0].loss_cfg, [ctx.loss_kwargs for ctx in loss_ctx_list]
-        with cls._calibrating(first, kwargs_list, sp_mesh):
+        with cls._calibrating(first, kwargs_list, sp_mesh, data_mesh):
             if any(ctx.loss_cfg != first for ctx in loss_ctx_list):
                 raise OptionError("loss_ctx_list holds contexts of different configs; calibrate each config's apart")
-            cls.calibrate(kwargs_list, first, cu_seq_lens_list, sp_mesh)
-            for ctx in loss_ctx_list:
-                ctx.find_rows()
+            build.calibrate_all(cls, kwargs_list, first, cu_seq_lens_list, sp_mesh, data_mesh)
         return list(loss_ctx_list)
 
     @classmethod
     def _calibrating(
-        cls, loss_cfg: Any, batches: Sequence[Any], sp_mesh: DeviceMesh | None
+        cls, loss_cfg: Any, batches: Sequence[Any], sp_mesh: DeviceMesh | None, data_mesh: Ranks
     ) -> AbstractContextManager[None]:
         """Errors of one rank on all, where there is something to calibrate together."""
         alone = getattr_static(cls, "calibrate") is getattr_static(BaseLossContext, "calibrate")
-        return nullcontext() if alone else calibrating(loss_cfg, batches, sp_mesh)
+        return nullcontext() if alone else calibrating(loss_cfg, batches, sp_mesh, data_mesh)
 
     @classmethod
     def calibrate(
@@ -125,11 +147,18 @@ class BaseLossContext(Generic[InputItem]):
         kwargs_list: list[Any],
         loss_cfg: Any,
         cu_seq_lens_list: Sequence[Tensor] | None,
-        sp_mesh: DeviceMesh | None,
+        ranks: TokenRanks,
     ) -> None:
         """Fill in, in place, what only the whole global batch knows: denominators and weights. Default: nothing.
 
+
         A class that overrides it builds its batches on all ranks together: what one rank raises, all do.
+
+        Args:
+            kwargs_list: of whole micro-batches, under sequence parallelism too; empty on a rank that has none.
+            loss_cfg, cu_seq_lens_list: as in ``build_batches_loss_kwargs``.
+            ranks: sums over the global batch. Every rank must ask for the same ones, in the same order, whatever its
+                data; ask for all before the value of one, and a single all-reduce does.
         """
 
     @classmethod
@@ -239,7 +268,12 @@ class BaseLossContext(Generic[InputItem]):
 
     def find_rows(self) -> LiveRows:
         """Count live tokens now (waits for a CUDA device) and remember them in the kwargs for the forwards to come."""
-        live, zero = self.live_mask(), self.known_zero_grad()
+        asked = self.whole() if self.needs_whole() else self
+        live, zero = asked.live_mask(), asked.known_zero_grad()
+        if asked is not self:
+            assert self.loss_kwargs.split is not None
+            live = self.loss_kwargs.split.part_of(live)
+            zero = None if zero is None else self.loss_kwargs.split.part_of(zero)
         if zero is not None:
             zero = zero.reshape(-1)
             if self.loss_cfg.skip_zero_grad_rows:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed import TokenRanks
 from xloss.errors import DeviceError, ShapeError, UnsupportedError
 from xloss.head.backend import LossTwin
 from xloss.losses import calibration
@@ -18,7 +18,7 @@ from xloss.losses.base import BaseLossContext, TokenLoss, require
 from xloss.losses.facts import LossForm
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
 from xloss.losses.reduced import ReducedLossConfig
-from xloss.losses.reduction import reduction_weights
+from xloss.losses.reduction import Weights, reduction_weights
 from xloss.metrics import Metric
 from xloss.policy import supervised
 from xloss.shapes import check_label_range
@@ -162,11 +162,9 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         kwargs_list: list[Any],
         loss_cfg: Any,
         cu_seq_lens_list: Sequence[Tensor] | None,
-        sp_mesh: DeviceMesh | None,
+        ranks: TokenRanks,
     ) -> None:
-        if not kwargs_list:
-            return
-        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
+        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list)
         ignore_idx, options = loss_cfg.ignore_idx, loss_cfg.reduction_options()
         by_class = any(kwargs.class_weight is not None for kwargs in kwargs_list)
         if by_class and loss_cfg.label_smoothing:
@@ -175,16 +173,17 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
                 "vocabulary by its class, which the statistics do not tell; give one of them"
             )
 
-        def weights(token_weights: list[Tensor | None]) -> list[Tensor]:
-            return reduction_weights(kwargs_list, ignore_idx, options, cu_seq_lens_list, sp_mesh, token_weights)
+        def weights(token_weights: list[Tensor | None]) -> Weights:
+            return reduction_weights(kwargs_list, ignore_idx, options, ranks, token_weights)
 
         loss_weights = weights([kwargs.label_weight(ignore_idx) for kwargs in kwargs_list])
         z_weights: Sequence[Tensor | None] = [None] * len(kwargs_list)
-        if by_class and loss_cfg.z_loss_coef:
-            z_weights = weights([kwargs.token_weight for kwargs in kwargs_list])
+        if loss_cfg.z_loss_coef:  # the sum is asked for on every rank, whatever its batches hold
+            of_tokens = weights([kwargs.token_weight for kwargs in kwargs_list])
+            z_weights = of_tokens() if by_class else z_weights
         valid = [kwargs.shifted_labels != ignore_idx for kwargs in kwargs_list]
-        counts = calibration.sequence_counts(kwargs_list, valid, cu_seq_lens_list, sp_mesh)
-        for kwargs, weight, z_weight, count in zip(kwargs_list, loss_weights, z_weights, counts, strict=True):
+        counts = calibration.sequence_counts(kwargs_list, valid)
+        for kwargs, weight, z_weight, count in zip(kwargs_list, loss_weights(), z_weights, counts, strict=True):
             kwargs.loss_weight, kwargs.z_loss_weight = weight, z_weight
             kwargs.keep_metrics(count)
 

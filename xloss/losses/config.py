@@ -9,6 +9,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed import Order
 from xloss.head.choice import KernelChoice
 from xloss.head.dispatch import Mode, RunOptions
 from xloss.head.options import HeadOptions
@@ -78,12 +79,16 @@ class BaseLossConfig(StrictModel):
         return found
 
     def build(
-        self, data: dict[str, Any], sp_mesh: DeviceMesh | None = None, device: torch.device | str | None = None
+        self,
+        data: dict[str, Any],
+        sp_mesh: DeviceMesh | None = None,
+        device: torch.device | str | None = None,
+        sp_order: Order = "contiguous",
     ) -> BaseLossContext[Any] | None:
         """A context for one micro-batch straight from a dict, to be calibrated by ``build_batches``.
 
         Keys are the kwargs' field names; others are not ours and passed over. ``None`` when a required one is missing.
-        With ``sp_mesh`` the full sequences given are split, each rank keeping its part.
+        With ``sp_mesh`` the full sequences given are split in ``sp_order``, each rank keeping its part.
         """
         kwargs_cls = self.loss_kwargs_cls
         fields = kwargs_cls.model_fields
@@ -95,7 +100,7 @@ class BaseLossConfig(StrictModel):
         if device is not None:
             loss_kwargs.to(device)
         if sp_mesh is not None:
-            loss_kwargs.sp_split(sp_mesh)
+            loss_kwargs.sp_split(sp_mesh, sp_order)
         return self.loss_ctx_cls(self, loss_kwargs)
 
     def head_options(self, stats: StatSpec) -> HeadOptions:

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from xloss import distributed
+from xloss.distributed import TokenRanks
 from xloss.errors import MissingFieldError
-from xloss.losses import calibration
 from xloss.losses.rollout_correction import RolloutCorrection
 from xloss.metrics import Metric
 from xloss.packing import Segments, rows_as_segments
@@ -79,30 +77,28 @@ def correct(cfg: RolloutCorrection, log_ratio: Tensor, valid: Tensor, sequences:
 
 
 def correct_batches(
-    kwargs_list: Sequence[Any],
-    valid_list: Sequence[Tensor],
-    cfg: RolloutCorrection,
-    cu_seq_lens_list: Sequence[Tensor] | None,
-    sp_mesh: DeviceMesh | None,
+    kwargs_list: Sequence[Any], valid_list: Sequence[Tensor], cfg: RolloutCorrection
 ) -> list[Corrected]:
     """Corrections of every micro-batch from its ``old_logprobs`` and ``rollout_logprobs``, in the shape of its labels.
 
-    Args:
-        valid_list: tokens of the loss of each micro-batch.
-        cu_seq_lens_list: bounds of the packed sequences; ``None``: those in the kwargs.
-        sp_mesh: ranks that hold parts of one sequence; ``cu_seq_lens_list`` then bounds the whole packs.
+    ``valid_list``: tokens of the loss of each micro-batch. Weights are not yet normalised over the batch.
     """
     out = []
-    for i, (kwargs, valid) in enumerate(zip(kwargs_list, valid_list, strict=True)):
-        bounds = kwargs.cu_seq_lens if cu_seq_lens_list is None else cu_seq_lens_list[i]
+    for kwargs, valid in zip(kwargs_list, valid_list, strict=True):
         x = log_mismatch(kwargs.old_logprobs, kwargs.rollout_logprobs)
-        out.append(_correct_one(cfg, x.masked_fill(~valid, 0), valid, bounds, sp_mesh))
-    if cfg.batch_normalize:
-        counts = [c.valid if cfg.level == "token" or c.share is None else c.share for c in out]
-        total = calibration.global_sum([c.bounded * n for c, n in zip(out, counts, strict=True)])
-        mean = total / calibration.global_sum(counts)
-        out = [replace(c, weight=c.weight / mean) for c in out]
+        out.append(_correct_one(cfg, x.masked_fill(~valid, 0), valid, kwargs.cu_seq_lens))
     return out
+
+
+def mean_weight(corrected: Sequence[Corrected], cfg: RolloutCorrection, ranks: TokenRanks) -> Callable[[], Tensor]:
+    """Mean weight over the tokens of the global batch (over its sequences, where those are weighed), 0-d.
+
+    The sums over ranks are asked for now, and waited for by the call of what is returned.
+    """
+    counts = [c.valid if cfg.level == "token" or c.share is None else c.share for c in corrected]
+    total = ranks.sum([c.bounded * n for c, n in zip(corrected, counts, strict=True)])
+    count = ranks.sum(counts)
+    return lambda: total.divisor() / count.divisor()
 
 
 def correct_in_pass(cfg: RolloutCorrection, batch: PolicyBatch) -> tuple[Tensor, dict[str, Metric]]:
@@ -119,27 +115,17 @@ def log_mismatch(logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
     return logprobs.detach().to(torch.promote_types(logprobs.dtype, torch.float32)) - rollout_logprobs
 
 
-def _correct_one(
-    cfg: RolloutCorrection, x: Tensor, valid: Tensor, bounds: Tensor | None, sp_mesh: DeviceMesh | None
-) -> Corrected:
-    split = sp_mesh is not None and sp_mesh.size() > 1
-    if bounds is None and (valid.ndim == 1 or valid.shape[0] == 1):
-        if cfg.needs_sequences:
-            raise MissingFieldError(
-                "rollout_correction weighs or rejects whole sequences and needs cu_seq_lens_list for a pack of shape "
-                f"{tuple(valid.shape)}: the bounds of its sequences, [0, {valid.numel()}] if it is one"
-            )
-        return correct(cfg, x.reshape(-1), valid.reshape(-1), None).map(lambda v: v.reshape(valid.shape))
-    if split and sp_mesh is not None:
-        x = distributed.sp_gather(x, sp_mesh)
-        valid = distributed.sp_gather(valid.to(torch.int32), sp_mesh).bool()
-    if bounds is None:
-        bounds = rows_as_segments(valid.shape, valid.device)
-    elif split:  # positions past the pack are padding
-        bounds = torch.cat([bounds.to(valid.device), bounds.new_tensor([valid.numel()]).to(valid.device)])
-    sequences = Segments.of(bounds.to(valid.device), valid.reshape(-1))
-    found = correct(cfg, x.reshape(-1), valid.reshape(-1), sequences).map(lambda v: v.reshape(valid.shape))
-    return found.map(lambda v: distributed.sp_split(v, sp_mesh, 0)) if split and sp_mesh is not None else found
+def _correct_one(cfg: RolloutCorrection, x: Tensor, valid: Tensor, bounds: Tensor | None) -> Corrected:
+    sequences = None
+    if bounds is not None or (valid.ndim == 2 and valid.shape[0] != 1):
+        bounds = rows_as_segments(valid.shape, valid.device) if bounds is None else bounds
+        sequences = Segments.of(bounds.to(valid.device), valid.reshape(-1))
+    elif cfg.needs_sequences:
+        raise MissingFieldError(
+            "rollout_correction weighs or rejects whole sequences and needs cu_seq_lens_list for a pack of shape "
+            f"{tuple(valid.shape)}: the bounds of its sequences, [0, {valid.numel()}] if it is one"
+        )
+    return correct(cfg, x.reshape(-1), valid.reshape(-1), sequences).map(lambda v: v.reshape(valid.shape))
 
 
 def correction_metrics(c: Corrected, cfg: RolloutCorrection) -> dict[str, Metric]:
@@ -190,17 +176,12 @@ def correction_metrics(c: Corrected, cfg: RolloutCorrection) -> dict[str, Metric
     return metrics
 
 
-def mismatch_metrics(
-    kwargs_list: Sequence[Any],
-    valid_list: Sequence[Tensor],
-    cu_seq_lens_list: Sequence[Tensor] | None,
-    sp_mesh: DeviceMesh | None,
-) -> list[dict[str, Metric]]:
+def mismatch_metrics(kwargs_list: Sequence[Any], valid_list: Sequence[Tensor]) -> list[dict[str, Metric]]:
     """How far sampler and trainer are apart in each micro-batch, where nothing corrects it: the ``mismatch_`` figures
     of ``correction_metrics``.
     """
     off = RolloutCorrection()
-    found = correct_batches(kwargs_list, valid_list, off, cu_seq_lens_list, sp_mesh)
+    found = correct_batches(kwargs_list, valid_list, off)
     return [
         {name: metric for name, metric in correction_metrics(c, off).items() if name.startswith("mismatch_")}
         for c in found

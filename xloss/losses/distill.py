@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed import TokenRanks
 from xloss.distributed.vocab import HeadWeight
 from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
@@ -157,10 +157,10 @@ class DistillLossContext(BaseLossContext[DistillLossContextInputItem]):
         kwargs_list: list[DistillLossKwargs],
         loss_cfg: DistillLossConfig,
         cu_seq_lens_list: Sequence[Tensor] | None,
-        sp_mesh: DeviceMesh | None,
+        ranks: TokenRanks,
     ) -> None:
         options = loss_cfg.reduction_options()
-        attach_token_weights(kwargs_list, loss_cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
+        attach_token_weights(kwargs_list, loss_cfg.ignore_idx, options, cu_seq_lens_list, ranks)
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "loss_weight", "call build_batches on the contexts of this optimizer step first")

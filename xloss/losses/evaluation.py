@@ -11,9 +11,9 @@ from torch import Tensor
 from xloss.errors import MissingFieldError, OptionError, UnsupportedError
 from xloss.head.linear_logprobs import spread_stats
 from xloss.head.options import LiveRows
-from xloss.losses.model import BaseLossKwargs, PerToken
+from xloss.losses.model import BaseLossKwargs
+from xloss.losses.whole import all_tokens, loss_of_split
 from xloss.metrics import Metric, merge_metrics
-from xloss.packing import rows_as_segments
 from xloss.shapes import check_per_token
 from xloss.stats import StatSpec, TokenStats
 
@@ -34,6 +34,7 @@ class Evaluation:
     def __init__(self, ctx: Ctx, kwargs: BaseLossKwargs, rows: LiveRows, lead: torch.Size, dtype: torch.dtype) -> None:
         self.ctx = ctx
         self.local = ctx.is_token_local()
+        self.split = kwargs.split if ctx.needs_whole() else None
         self.rows = rows
         self.lead = lead
         self.kwargs = kwargs.flat(dtype)
@@ -43,25 +44,6 @@ class Evaluation:
         """Kwargs of live rows, in live order, for token-local losses."""
         live = self.kwargs.map_tokens(lambda x, _: self.rows.take(x, 0, self.rows.num_live))
         return live.replaced({"cu_seq_lens": None})
-
-    def whole_kwargs(self) -> BaseLossKwargs:
-        """Kwargs of all rows, 0 where a row is left out: what stands there must not matter, be it NaN.
-
-        The rows of a padded batch become its ``cu_seq_lens``.
-        """
-        index, kwargs, lead = self.rows.index, self.kwargs, self.lead
-        if kwargs.cu_seq_lens is None and len(lead) == 2 and lead[0] != 1:
-            kwargs = kwargs.replaced({"cu_seq_lens": rows_as_segments(lead, kwargs.shifted_labels.device)})
-        if index is None:
-            return kwargs
-        keep = torch.zeros(self.rows.total, dtype=torch.bool, device=index.device).index_fill(0, index, True)
-
-        def clean(x: Tensor, mark: PerToken) -> Tensor:
-            if not x.dtype.is_floating_point:
-                return x.masked_fill(~keep, self.ctx.loss_cfg.ignore_idx) if x is kwargs.shifted_labels else x
-            return x.masked_fill(~keep if x.ndim == 1 else ~keep.unsqueeze(1), mark.pad)
-
-        return kwargs.map_tokens(clean)
 
     def evaluate(self, stats: TokenStats, kwargs: BaseLossKwargs) -> Tensor:
         """``token_loss`` with its metrics put aside."""
@@ -75,6 +57,8 @@ class Evaluation:
                 f"token_loss of {type(self.ctx).__name__} must return one loss per token, {tuple(stats.lse.shape)}, "
                 f"as token_local is True; got {tuple(loss.shape)}"
             )
+        if self.split is not None and not self.split.first:  # all ranks of a split evaluate the whole, one reports it
+            metrics = {name: metric.empty() for name, metric in metrics.items()}
         self.metrics.append(metrics)
         return loss
 
@@ -83,7 +67,11 @@ class Evaluation:
         if self.local:
             losses = self.evaluate(live_stats, self.live_kwargs())
             return losses.sum(), self.rows.spread(losses)
-        loss = self.evaluate(spread_stats(live_stats, self.rows), self.whole_kwargs())
+        stats = spread_stats(live_stats, self.rows)
+        if self.split is not None:
+            return loss_of_split(self.ctx, self.split, stats, self.evaluate)
+        kwargs = all_tokens(self.kwargs, self.lead, self.rows, self.ctx.loss_cfg.ignore_idx)
+        loss = self.evaluate(stats, kwargs)
         return (loss, None) if loss.ndim == 0 else (loss.sum(), loss)
 
 
@@ -121,7 +109,7 @@ def loss_from_stats(ctx: Ctx, stats: TokenStats, vocab_size: int | None = None) 
         raise UnsupportedError(f"{type(ctx).__name__} defines loss_fn, which needs hidden states and a head, not stats")
     kwargs = ctx.loss_kwargs
     kwargs.check()
-    ctx.check_ready()
+    (ctx.whole() if ctx.needs_whole() else ctx).check_ready()
     needed = ctx.stats_needed() | StatSpec(entropy=ctx.loss_cfg.return_entropy)
     for spec in fields(StatSpec):
         if getattr(needed, spec.name) and getattr(stats, spec.name) is None:

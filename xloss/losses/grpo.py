@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed import Order, TokenRanks
 from xloss.distributed.vocab import HeadWeight
 from xloss.errors import OptionError, UnsupportedError
 from xloss.head.backend import LossTwin
@@ -42,11 +43,15 @@ class GRPOLossConfig(PolicyStepConfig):
         return GRPOLossContext
 
     def build(
-        self, data: dict[str, Any], sp_mesh: DeviceMesh | None = None, device: torch.device | str | None = None
+        self,
+        data: dict[str, Any],
+        sp_mesh: DeviceMesh | None = None,
+        device: torch.device | str | None = None,
+        sp_order: Order = "contiguous",
     ) -> BaseLossContext[Any] | None:
         if "rollout_is_weights" in data:  # XTuner's name for it in data dicts
             data = {**data, "is_weights": data["rollout_is_weights"]}
-        return super().build(data, sp_mesh, device)
+        return super().build(data, sp_mesh, device, sp_order)
 
 
 class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
@@ -75,23 +80,19 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         kwargs_list: list[GRPOLossKwargs],
         loss_cfg: GRPOLossConfig,
         cu_seq_lens_list: Sequence[Tensor] | None,
-        sp_mesh: DeviceMesh | None,
+        ranks: TokenRanks,
     ) -> None:
-        if not kwargs_list:
-            return
         if loss_cfg.use_kl_loss and not loss_cfg.full_kl:
             for kwargs in kwargs_list:
                 require(kwargs, "ref_logprobs", _NEED_REF)
-        coupled = loss_cfg.coupled_by(policy_tokens.corrects_in_pass(kwargs_list, loss_cfg))
-        if coupled and sp_mesh is not None and sp_mesh.size() > 1:
-            raise UnsupportedError(
-                f"{'; '.join(coupled.values())}, but sp_mesh cuts sequences into parts; use a loss of each token, or "
-                "no sequence parallelism"
-            )
-        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
-        if "group" in coupled:
-            calibration.check_whole_groups(kwargs_list, loss_cfg.ignore_idx)
-        policy_tokens.weigh_tokens(kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh)
+        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list)
+        homes = None
+        if "group" in loss_cfg.coupled_by(policy_tokens.corrects_in_pass(kwargs_list, loss_cfg)):
+            asked = "a loss that compares the answers of a prompt"
+            _, homes = calibration.group_counts(kwargs_list, loss_cfg.ignore_idx, ranks, asked)
+        policy_tokens.weigh_tokens(kwargs_list, loss_cfg, ranks)
+        if homes is not None:
+            calibration.check_whole_groups(homes)
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "policy_loss_weight", _CALL_BUILD)
@@ -279,7 +280,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
                 terms["entropy_loss"] = -entropy * kw.entropy_loss_weight
         if stats.top1 is not None:
             metrics["token_accuracy"] = Metric.mean((stats.top1 == kw.shifted_labels).to(loss.dtype), valid)
-        metrics |= Metric.totals(terms, 1 / calibration.gradient_factor(cfg.grad_reduce))
+        metrics |= Metric.totals(terms, 1 / kw.gradient_factor)
         first, *others = terms.values()
         return sum(others, start=first), metrics
 

@@ -50,6 +50,7 @@ class GRPOLossKwargs(_PolicyFields, BaseLossKwargs):
             ``w entropy_coef``. value_loss_weight: ``w value_loss_coef``. nll_loss_weight: of ``-logprobs``. All 0 at
             tokens that take no part.
         global_grad_tokens: valid tokens of the global batch, 0-d.
+        gradient_factor: in every weight, for what the training engine does to gradients, 0-d.
     """
 
     loss_mask: Annotated[Tensor | None, PerToken(pad=0)] = None
@@ -60,6 +61,7 @@ class GRPOLossKwargs(_PolicyFields, BaseLossKwargs):
     nll_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0, weight=True)] = None
     value_loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     global_grad_tokens: Annotated[Tensor | None, PerBatch()] = None
+    gradient_factor: Annotated[Tensor | None, PerBatch()] = None
 
     def taking_part(self, weight: Tensor) -> Tensor:
         """``weight``, 0 at tokens outside ``loss_mask``."""

@@ -36,6 +36,9 @@ class LogProbContext(BaseLossContext[BaseLossContextInputItem]):
     loss_kwargs: LogProbKwargs
     token_local: ClassVar[bool] = False
 
+    def needs_whole(self) -> bool:
+        return False  # a log-prob is of its own token
+
     def token_loss(self, stats: TokenStats, loss_kwargs: Any) -> TokenLoss:
         return stats.logprobs.sum()
 

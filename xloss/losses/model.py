@@ -1,57 +1,32 @@
-"""Pydantic bases: strict models that name a misspelt field, and batches whose tensors know how they pad and split."""
+"""What a loss is given for one micro-batch: input items, and calibrated kwargs that can be cut, joined and moved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
+from pydantic import PrivateAttr
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from xloss import distributed, shapes
-from xloss.errors import MissingFieldError, OptionError, ShapeError, unknown_name
+from xloss.distributed import Order
+from xloss.errors import MissingFieldError, OptionError, ShapeError
 from xloss.head.options import LiveRows
+from xloss.losses.split import Split, joined_split
+from xloss.losses.token_batch import PerBatch, PerToken, StrictModel, TokenBatch
 from xloss.metrics import Metric, merge_metrics
 from xloss.packing import check_cu_seq_lens
 
-
-class StrictModel(BaseModel):
-    """A model that refuses unknown fields and suggests the one that was probably meant."""
-
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_fields(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(unknown_name(f"field of {cls.__name__}", str(key), list(cls.model_fields)))
-        return data
-
-
-@dataclass(frozen=True, eq=False)  # typing caches Annotated by equality, and 0 == 0.0
-class PerToken:
-    """Marks a tensor field with one value per token, shaped like ``shifted_labels``.
-
-    ``pad`` fills positions added when a sequence is split over ranks; a float one asks for a floating dtype.
-    ``weight=True``: the loss of a token is multiplied by this, so tokens for which every such field is 0 are left out
-    of the head altogether. ``trailing=True``: one more axis follows the token axes (``[.., T, K]``).
-    ``head_only=True``: the head reads it where it stands, however large; ``token_loss`` finds ``None``.
-    """
-
-    pad: float = 0.0
-    weight: bool = False
-    trailing: bool = False
-    head_only: bool = False
-
-
-@dataclass(frozen=True)
-class PerBatch:
-    """Marks a tensor field that is not per token, whatever its shape."""
+__all__ = [
+    "BaseLossContextInputItem",
+    "BaseLossKwargs",
+    "PerBatch",
+    "PerToken",
+    "StrictModel",
+    "TokenBatch",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,73 +37,6 @@ class Piece:
     start: int
     stop: int
     length: int
-
-
-class TokenBatch(StrictModel):
-    """Tensors of one micro-batch. ``to``, ``chunk``, ``cat``, ``sp_split`` follow from the fields' ``PerToken`` marks.
-
-    A tensor field without a ``PerToken`` or ``PerBatch`` mark that has the shape of ``shifted_labels`` counts as
-    ``PerToken(pad=0)``; anything else is not per token.
-
-    Args:
-        shifted_labels: ``[T]``, ``[1, T]`` packed or ``[B, S]`` padded, int; at t stands the token predicted there.
-        temperature: one per token, positive at those with a label, or ``None``.
-    """
-
-    shifted_labels: Annotated[Tensor, PerToken(pad=-100)]
-    temperature: Annotated[Tensor | None, PerToken(pad=1.0)] = None
-
-    def per_token(self) -> dict[str, tuple[Tensor, PerToken]]:
-        """The per-token tensors present, with their marks."""
-        found = {}
-        for name, info in type(self).model_fields.items():
-            value = getattr(self, name)
-            if not isinstance(value, Tensor):
-                continue
-            mark = next((m for m in info.metadata if isinstance(m, PerToken | PerBatch)), None)
-            if mark is None and value.shape == self.shifted_labels.shape and value.ndim > 0:
-                mark = PerToken(pad=0)
-            if isinstance(mark, PerToken):
-                found[name] = (value, mark)
-        return found
-
-    def check(self) -> None:
-        """Raise unless every marked tensor has the shape and device of ``shifted_labels``."""
-        labels = self.shifted_labels
-        if labels.ndim not in (1, 2):
-            raise ShapeError(f"shifted_labels must be [T], [1, T] or [B, S]; got {tuple(labels.shape)}")
-        for name, (value, mark) in self.per_token().items():
-            floating = isinstance(mark.pad, float)
-            shapes.check_per_token(name, value, labels, floating=floating, trailing=mark.trailing)
-
-    @property
-    def token_axis(self) -> int:
-        """The axis of tokens in a sequence, of every per-token tensor."""
-        return self.shifted_labels.ndim - 1
-
-    def replaced(self, values: dict[str, Any]) -> Self:
-        """A copy with some fields replaced, unchecked."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self).model_construct(**(fields | values))
-
-    def map_tokens(self, fn: Callable[[Tensor, PerToken], Tensor]) -> Self:
-        """A copy with ``fn`` applied to every per-token tensor."""
-        return self.replaced({name: fn(value, mark) for name, (value, mark) in self.per_token().items()})
-
-    def to(self, device: torch.device | str) -> Self:
-        """Move every tensor to ``device``, in place."""
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-        return self
-
-    def sp_split(self, sp_mesh: DeviceMesh) -> Self:
-        """Keep this rank's part of every per-token tensor, in place; pads to equal parts."""
-        if sp_mesh.size() > 1:
-            for name, (value, mark) in self.per_token().items():
-                setattr(self, name, distributed.sp_split(value, sp_mesh, mark.pad, axis=self.token_axis))
-        return self
 
 
 class BaseLossContextInputItem(TokenBatch):
@@ -186,11 +94,38 @@ class BaseLossKwargs(TokenBatch):
             self.remember_rows(rows.to(device), config)
         return self
 
-    def sp_split(self, sp_mesh: DeviceMesh) -> Self:
-        if sp_mesh.size() > 1:
-            self.cu_seq_lens = None  # bounds of the whole pack do not describe a part of it
-            self._cut = True
-        return super().sp_split(sp_mesh)
+    @property
+    def whole(self) -> Self:
+        """All tokens of a batch split over sequence-parallel ranks; without a split, the batch."""
+        if self._split is None:
+            return self
+        assert isinstance(self._split.whole, type(self))
+        return self._split.whole
+
+    def join_split(self, split: Split) -> None:
+        """Be this rank's part of ``split``."""
+        self._split = split
+        self.cu_seq_lens = None  # bounds of the whole pack do not describe a part of it
+        split.remember(self)
+
+    def take_calibrated(self) -> None:
+        """Take this rank's part of what calibration made of the whole; one rank reports its metrics."""
+        if self._split is not None:
+            self._split.fill(self)
+            found = self.whole.built_metrics
+            self.keep_metrics(found if self._split.first else {name: m.empty() for name, m in found.items()})
+
+    def sp_split(self, sp_mesh: DeviceMesh, order: Order = "contiguous") -> Self:
+        super().sp_split(sp_mesh, order)
+        if self._split is not None:
+            self.join_split(self._split)
+        return self
+
+    def sp_parts(self, sp_mesh: DeviceMesh, order: Order = "contiguous", length: int | None = None) -> Self:
+        super().sp_parts(sp_mesh, order, length)
+        if self._split is not None:
+            self.join_split(self._split)
+        return self
 
     def check(self) -> None:
         super().check()
@@ -215,7 +150,7 @@ class BaseLossKwargs(TokenBatch):
             piece = self.map_tokens(lambda x, _, a=start, n=stop - start: x.narrow(self.token_axis, a, n))  # type: ignore[misc]
             if self.cu_seq_lens is not None:
                 piece.cu_seq_lens = (self.cu_seq_lens - start).clamp(0, stop - start)
-            piece._cut = self._cut or stop - start < length
+            piece._cut = self._cut or self._split is not None or stop - start < length
             piece._piece = Piece(self, start, stop, length)
             pieces.append(piece)
         pieces[0].keep_metrics(self._metrics)
@@ -229,7 +164,7 @@ class BaseLossKwargs(TokenBatch):
         """
         if not chunks:
             raise OptionError("chunks must not be empty")
-        first, joined = chunks[0], {}
+        first, joined = chunks[0], dict[str, Any]()
         for name in dict.fromkeys(n for c in chunks for n in c.per_token()):
             parts = [getattr(c, name) for c in chunks]
             if any(p is None for p in parts):
@@ -250,6 +185,13 @@ class BaseLossKwargs(TokenBatch):
         if origin is not None and origin.cu_seq_lens is not None:
             whole.cu_seq_lens = origin.cu_seq_lens.to(whole.shifted_labels.device)
         whole.keep_metrics(merge_metrics([c.built_metrics for c in chunks]))
+        splits = [c.split for c in chunks if c.split is not None]
+        if splits:
+            if len(splits) < len(chunks):
+                raise OptionError("some of the chunks to cat are split over sequence-parallel ranks and others are not")
+            split = joined_split(cls.cat([c.whole for c in chunks]), splits)
+            whole.join_split(split)
+            split.fill(whole)
         return whole
 
     def flat(self, dtype: torch.dtype) -> Self:

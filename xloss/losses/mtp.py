@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from xloss import distributed
+from xloss.distributed import TokenRanks
 from xloss.distributed.vocab import HeadWeight
 from xloss.errors import MissingFieldError
 from xloss.head.backend import LossTwin
@@ -98,12 +96,12 @@ class MTPLossContext(CELossContext):
         kwargs_list: list[Any],
         loss_cfg: Any,
         cu_seq_lens_list: Sequence[Tensor] | None,
-        sp_mesh: DeviceMesh | None,
+        ranks: TokenRanks,
     ) -> None:
-        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
+        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list)
         rolled = []
-        for i, kwargs in enumerate(kwargs_list):
-            bounds = kwargs.cu_seq_lens if cu_seq_lens_list is None else cu_seq_lens_list[i]
+        for kwargs in kwargs_list:
+            bounds = kwargs.cu_seq_lens
             if bounds is None and (kwargs.shifted_labels.ndim == 1 or kwargs.shifted_labels.shape[0] == 1):
                 raise MissingFieldError(
                     "MTPLossContext needs cu_seq_lens_list for a pack of shape "
@@ -113,13 +111,13 @@ class MTPLossContext(CELossContext):
                 require(kwargs, "rollout_logprobs", "kl_loss_type compares with the sampler's log-probs")
 
             def roll(x: Tensor | None, fill: float = 0.0, bounds: Tensor | None = bounds) -> Tensor | None:
-                return None if x is None else _roll(x, bounds, loss_cfg.mtp_depth, fill, sp_mesh)
+                return None if x is None else roll_segments(x, bounds, loss_cfg.mtp_depth, fill)
 
             kwargs.mtp_labels = roll(kwargs.shifted_labels, loss_cfg.ignore_idx)
             kwargs.mtp_rollout_logprobs = roll(kwargs.rollout_logprobs)
             as_main = {"shifted_labels": kwargs.mtp_labels, "token_weight": roll(kwargs.token_weight)}
             rolled.append(kwargs.replaced(as_main))
-        super().calibrate(rolled, loss_cfg, cu_seq_lens_list, sp_mesh)
+        super().calibrate(rolled, loss_cfg, cu_seq_lens_list, ranks)
         for kwargs, other in zip(kwargs_list, rolled, strict=True):
             kwargs.loss_weight, kwargs.z_loss_weight = other.loss_weight, other.z_loss_weight
 
@@ -163,14 +161,3 @@ class MTPLossContext(CELossContext):
         if not self.loss_cfg.detach_mtp_lm_head_weight:
             return weight, bias
         return weight.detach(), None if bias is None else bias.detach()
-
-
-def _roll(x: Tensor, cu_seq_lens: Tensor | None, shift: int, fill: float, sp_mesh: DeviceMesh | None) -> Tensor:
-    """``roll_segments``, over all ranks' parts of a sequence under sequence parallelism."""
-    if sp_mesh is None or sp_mesh.size() == 1:
-        return roll_segments(x, cu_seq_lens, shift, fill)
-    whole = distributed.sp_gather(x, sp_mesh)
-    if cu_seq_lens is not None:  # positions past the pack are padding
-        end = cu_seq_lens.new_tensor([whole.numel()])
-        cu_seq_lens = torch.cat([cu_seq_lens, end]).to(x.device)
-    return distributed.sp_split(roll_segments(whole, cu_seq_lens, shift, fill), sp_mesh, fill)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
+from xloss.distributed import TokenRanks
 from xloss.losses.facts import LossForm
 from xloss.losses.grpo import GRPOLossConfig, GRPOLossContext
 from xloss.losses.grpo_kwargs import GRPOLossKwargs
 from xloss.losses.policy_tokens import positive_tokens, token_shares
+from xloss.losses.reduction import Weights
 
 
 class OrealLossConfig(GRPOLossConfig):
@@ -44,18 +45,15 @@ class OrealLossConfig(GRPOLossConfig):
     def nll_coef(self) -> float:
         return self.pos_sft_loss_weight * self.positive_loss_factor
 
-    def policy_weights(self, counted: list[Any], weights: list[Tensor]) -> list[Tensor]:
+    def policy_weights(self, counted: list[Any], weights: Weights, ranks: TokenRanks) -> Weights:
         positive = [positive_tokens(kwargs, self.ignore_idx) for kwargs in counted]
         negative = [
             (kwargs.shifted_labels != self.ignore_idx) & ~mask for kwargs, mask in zip(counted, positive, strict=True)
         ]
         gain = self.pos_policy_loss_weight * self.positive_loss_factor
-        shares = zip(
-            token_shares(positive, gain, self.grad_reduce),
-            token_shares(negative, self.negative_loss_factor, self.grad_reduce),
-            strict=True,
-        )
-        return [of_positive + of_negative for of_positive, of_negative in shares]
+        of_positive = token_shares(positive, gain, self.grad_reduce, ranks)
+        of_negative = token_shares(negative, self.negative_loss_factor, self.grad_reduce, ranks)
+        return lambda: [a + b for a, b in zip(of_positive(), of_negative(), strict=True)]
 
     @property
     def loss_ctx_cls(self) -> type[OrealLossContext]:

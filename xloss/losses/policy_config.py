@@ -7,13 +7,14 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from xloss.distributed import TokenRanks
 from xloss.head.backend import LossTwin
 from xloss.losses.grpo_kwargs import GRPOLossKwargs
 from xloss.losses.masked import MaskedLossConfig
 from xloss.losses.nonfinite import NonFinite
 from xloss.losses.policies import AnyPolicyLossConfig, PolicyLossConfig
 from xloss.losses.policies.base import Coupling
-from xloss.losses.reduction import Reduction, ReductionOptions
+from xloss.losses.reduction import Reduction, ReductionOptions, Weights
 from xloss.losses.value import ValueLossConfig
 from xloss.losses.xtuner_rollout import AnyRolloutCorrection
 from xloss.policy.kl import KL_ESTIMATOR
@@ -49,7 +50,7 @@ class PolicyStepConfig(MaskedLossConfig):
         """Factor of the mean negative log-likelihood of positive tokens."""
         return self.positive_nll_coef
 
-    def policy_weights(self, counted: list[Any], weights: list[Tensor]) -> list[Tensor]:
+    def policy_weights(self, counted: list[Any], weights: Weights, ranks: TokenRanks) -> Weights:
         """Weights of the policy term from those of ``loss_reduction``; ``counted`` has the labels that they count."""
         return weights
 

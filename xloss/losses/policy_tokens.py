@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed import TokenRanks
 from xloss.errors import MissingFieldError, OptionError
 from xloss.losses import calibration
-from xloss.losses.correction import correct_batches, correction_metrics, mismatch_metrics
+from xloss.losses.correction import correct_batches, correction_metrics, mean_weight, mismatch_metrics
 from xloss.losses.nonfinite import finite_tokens, nonfinite_metrics
-from xloss.losses.reduction import reduction_weights
+from xloss.losses.reduction import Weights, reduction_weights
 
 if TYPE_CHECKING:
     from xloss.losses.grpo import GRPOLossConfig
 
 
-def weigh_tokens(
-    kwargs_list: Sequence[Any],
-    cfg: GRPOLossConfig,
-    cu_seq_lens_list: Sequence[Tensor] | None,
-    sp_mesh: DeviceMesh | None,
-) -> None:
+def weigh_tokens(kwargs_list: Sequence[Any], cfg: GRPOLossConfig, ranks: TokenRanks) -> None:
     """Set every weight of every micro-batch, in place: what takes part, corrected, over the global denominators."""
-    counted = settle_tokens(kwargs_list, cfg, cu_seq_lens_list, sp_mesh)
+    counted, normalize = settle_tokens(kwargs_list, cfg, ranks)
     options, entropy_options = cfg.reduction_options(), cfg.entropy_reduction_options()
-    weights = reduction_weights(counted, cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
-    entropy_weights = weights
+    of_tokens = of_entropy = reduction_weights(counted, cfg.ignore_idx, options, ranks)
     if cfg.entropy_coef and entropy_options != options:
-        entropy_weights = reduction_weights(counted, cfg.ignore_idx, entropy_options, cu_seq_lens_list, sp_mesh)
-    num_tokens = calibration.global_sum([kwargs.shifted_labels != cfg.ignore_idx for kwargs in counted])
+        of_entropy = reduction_weights(counted, cfg.ignore_idx, entropy_options, ranks)
+    num_tokens = ranks.sum([kwargs.shifted_labels != cfg.ignore_idx for kwargs in counted])
+    of_policy = cfg.policy_weights(counted, of_tokens, ranks)
+    of_nll = positive_nll_weights(counted, cfg, ranks) if cfg.nll_coef else None
+
+    normalize()  # from here on, sums over ranks are known
     folded = cfg.policy_loss_cfg.folds_is_weights
-    of_policy = cfg.policy_weights(counted, weights)
-    for kwargs, *wholes in zip(kwargs_list, weights, entropy_weights, of_policy, strict=True):
+    for kwargs, *wholes in zip(kwargs_list, of_tokens(), of_entropy(), of_policy(), strict=True):
         weight, entropy_weight, policy_weight = map(kwargs.taking_part, wholes)
         for factor in () if folded else (kwargs.is_weights, kwargs.rollout_weights):
             if factor is not None:
@@ -43,39 +41,42 @@ def weigh_tokens(
         kwargs.kl_loss_weight = weight * cfg.kl_loss_coef if cfg.use_kl_loss else None
         kwargs.entropy_loss_weight = entropy_weight * cfg.entropy_coef if cfg.entropy_coef else None
         kwargs.value_loss_weight = None if cfg.value_loss is None else weight * cfg.value_loss_coef
-        kwargs.global_grad_tokens = num_tokens
-    if cfg.nll_coef:
-        weigh_positive_nll(kwargs_list, counted, cfg)
+        kwargs.global_grad_tokens = num_tokens.divisor()
+        kwargs.gradient_factor = torch.full_like(kwargs.global_grad_tokens, ranks.gradient_factor(cfg.grad_reduce))
+    if of_nll is not None:
+        for kwargs, share in zip(kwargs_list, of_nll(), strict=True):
+            kwargs.nll_loss_weight = kwargs.taking_part(share)
 
 
 def settle_tokens(
-    kwargs_list: Sequence[Any],
-    cfg: GRPOLossConfig,
-    cu_seq_lens_list: Sequence[Tensor] | None,
-    sp_mesh: DeviceMesh | None,
-) -> list[Any]:
+    kwargs_list: Sequence[Any], cfg: GRPOLossConfig, ranks: TokenRanks
+) -> tuple[list[Any], Callable[[], None]]:
     """Set ``loss_mask`` and ``rollout_weights`` of every micro-batch, and keep the metrics of both.
 
     Returns copies of the kwargs with the labels that denominators count: tokens left out as not finite stay in them,
-    rejected ones go where ``renormalize_rejected`` says so.
+    rejected ones go where ``renormalize_rejected`` says so. And what is to be called once all sums over ranks have been
+    asked for: it divides ``rollout_weights`` by their mean, where ``batch_normalize`` says so.
     """
     correction, ignore = cfg.rollout_correction, cfg.ignore_idx
     finite = finite_tokens(kwargs_list, ignore, cfg.nonfinite)
     labelled = [kwargs.shifted_labels != ignore for kwargs in kwargs_list]
     takes_part, counted = finite, labelled
-    metrics = calibration.sequence_counts(kwargs_list, finite, cu_seq_lens_list, sp_mesh)
+    metrics = calibration.sequence_counts(kwargs_list, finite)
     if cfg.nonfinite == "drop":
         metrics = [m | nonfinite_metrics(f, v) for m, f, v in zip(metrics, finite, labelled, strict=True)]
     weights: list[Tensor | None] = [None for _ in kwargs_list]
+    mean = None
     if correction is not None and not corrects_in_pass(kwargs_list, cfg):
-        found = correct_batches(kwargs_list, finite, correction, cu_seq_lens_list, sp_mesh)
+        found = correct_batches(kwargs_list, finite, correction)
         weights = [c.weight for c in found]
         metrics = [m | correction_metrics(c, correction) for m, c in zip(metrics, found, strict=True)]
+        if correction.batch_normalize:
+            mean = mean_weight(found, correction, ranks)
         if correction.renormalize_rejected:
             takes_part = [c.kept for c in found]
             counted = [v & (c.kept | ~f) for v, c, f in zip(labelled, found, finite, strict=True)]
     if correction is None and all(k.old_logprobs is not None and k.rollout_logprobs is not None for k in kwargs_list):
-        figures_of = mismatch_metrics(kwargs_list, finite, cu_seq_lens_list, sp_mesh)
+        figures_of = mismatch_metrics(kwargs_list, finite)
         metrics = [m | figures for m, figures in zip(metrics, figures_of, strict=True)]
     narrows = cfg.nonfinite == "drop" or (correction is not None and correction.renormalize_rejected)
     out = []
@@ -84,13 +85,21 @@ def settle_tokens(
         kwargs.rollout_weights = weight
         kwargs.keep_metrics(figures)
         out.append(kwargs.replaced({"shifted_labels": kwargs.shifted_labels.masked_fill(~count, ignore)}))
-    return out
+
+    def normalize() -> None:
+        if mean is not None:
+            for kwargs in kwargs_list:
+                kwargs.rollout_weights = kwargs.rollout_weights / mean()
+
+    return out, normalize
 
 
 def corrects_in_pass(kwargs_list: Sequence[Any], cfg: GRPOLossConfig) -> bool:
     """Whether the correction waits for the current log-probs: there are no ``old_logprobs``. Raises where it cannot."""
     correction = cfg.rollout_correction
     if correction is None:
+        return False
+    if not kwargs_list:  # nothing to correct; what the others on other ranks need is asked for all the same
         return False
     missing = [kwargs.old_logprobs is None for kwargs in kwargs_list]
     if any(kwargs.rollout_logprobs is None for kwargs in kwargs_list):
@@ -115,14 +124,12 @@ def positive_tokens(kwargs: Any, ignore_idx: int) -> Tensor:
     return found
 
 
-def weigh_positive_nll(kwargs_list: Sequence[Any], counted: Sequence[Any], cfg: GRPOLossConfig) -> None:
-    """Set ``nll_loss_weight``: ``nll_coef / N``, N tokens of positive reward over the whole step."""
-    shares = token_shares([positive_tokens(k, cfg.ignore_idx) for k in counted], cfg.nll_coef, cfg.grad_reduce)
-    for kwargs, share in zip(kwargs_list, shares, strict=True):
-        kwargs.nll_loss_weight = kwargs.taking_part(share)
+def positive_nll_weights(counted: Sequence[Any], cfg: GRPOLossConfig, ranks: TokenRanks) -> Weights:
+    """``nll_coef / N``, N tokens of positive reward over the whole step."""
+    return token_shares([positive_tokens(k, cfg.ignore_idx) for k in counted], cfg.nll_coef, cfg.grad_reduce, ranks)
 
 
-def token_shares(masks: Sequence[Tensor], factor: float, grad_reduce: str) -> list[Tensor]:
+def token_shares(masks: Sequence[Tensor], factor: float, grad_reduce: str, ranks: TokenRanks) -> Weights:
     """``factor / N`` at the N tokens of the masks of all micro-batches and ranks, 0 elsewhere."""
-    scale = factor * calibration.gradient_factor(grad_reduce) / calibration.global_sum(masks)
-    return [mask * scale for mask in masks]
+    count, factor = ranks.sum(masks), factor * ranks.gradient_factor(grad_reduce)
+    return lambda: [mask * (factor / count.divisor()) for mask in masks]

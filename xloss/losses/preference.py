@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from xloss import distributed
-from xloss.errors import MissingFieldError, OptionError, ShapeError, UnsupportedError
+from xloss.distributed import RankSum, TokenRanks
+from xloss.errors import MissingFieldError, OptionError, ShapeError
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossContext, TokenLoss, require
 from xloss.losses.config import BaseLossConfig
@@ -120,23 +119,20 @@ class PreferenceLossContext(BaseLossContext[PreferenceLossContextInputItem]):
         kwargs_list: list[PreferenceLossKwargs],
         loss_cfg: PreferenceLossConfig,
         cu_seq_lens_list: Sequence[Tensor] | None,
-        sp_mesh: DeviceMesh | None,
+        ranks: TokenRanks,
     ) -> None:
-        if sp_mesh is not None and sp_mesh.size() > 1:
-            raise UnsupportedError("sp_mesh: preference losses need whole sequences on one rank")
-        if not kwargs_list:
-            return
-        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
+        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list)
         for kwargs in kwargs_list:
             _check_fields(kwargs, loss_cfg)
             _find_sides(kwargs, loss_cfg)
-        factor = calibration.gradient_factor(loss_cfg.grad_reduce)
-        losses, likelihoods = zip(*(_num_terms(kwargs, loss_cfg) for kwargs in kwargs_list), strict=True)
-        loss_divisor = calibration.global_sum(losses) / factor
-        nll_divisor = calibration.global_sum(likelihoods) / factor
-        kl_point = _mean_kl(kwargs_list) if "kl" in {n for term in loss_cfg.loss_type for n in term.needs} else None
+        factor = ranks.gradient_factor(loss_cfg.grad_reduce)
+        counts = [_num_terms(kwargs, loss_cfg) for kwargs in kwargs_list]
+        num_losses, num_likelihoods = ranks.sum([n for n, _ in counts]), ranks.sum([n for _, n in counts])
+        needs_kl = "kl" in {n for term in loss_cfg.loss_type for n in term.needs}
+        kl = _sum_of_kl(kwargs_list, ranks) if needs_kl else None
         for kwargs in kwargs_list:
-            kwargs.loss_divisor, kwargs.nll_divisor, kwargs.kl_point = loss_divisor, nll_divisor, kl_point
+            kwargs.loss_divisor, kwargs.nll_divisor = num_losses.divisor() / factor, num_likelihoods.divisor() / factor
+            kwargs.kl_point = None if kl is None else _mean_kl(kl, kwargs)
 
     def check_ready(self) -> None:
         require(self.loss_kwargs, "loss_divisor", "call build_batches on the contexts of this optimizer step first")
@@ -274,9 +270,15 @@ def _num_terms(kwargs: PreferenceLossKwargs, cfg: PreferenceLossConfig) -> tuple
     return torch.tensor(float(both), device=device), likelihood
 
 
-def _mean_kl(kwargs_list: Sequence[PreferenceLossKwargs]) -> Tensor:
-    """Mean of ``kl`` over all micro-batches and ranks, at least 0."""
-    parts = [require(kwargs, "kl", "other micro-batches have it").detach() for kwargs in kwargs_list]
-    sums = torch.stack([torch.stack([p.double().sum(), p.new_tensor(p.numel(), dtype=torch.float64)]) for p in parts])
-    total, count = distributed.all_reduce_sum(sums.sum(0)).unbind()
-    return (total / count.clamp(min=1)).clamp(min=0).to(parts[0].dtype)
+def _sum_of_kl(kwargs_list: Sequence[PreferenceLossKwargs], ranks: TokenRanks) -> RankSum:
+    """Sum and number of ``kl`` over all micro-batches and ranks, ``[2]``."""
+    parts = [require(kwargs, "kl", "other micro-batches have it").detach().double() for kwargs in kwargs_list]
+    sums = [torch.stack([part.sum(), part.new_tensor(part.numel())]) for part in parts]
+    return ranks.add(torch.stack(sums).sum(0) if sums else torch.zeros(2))
+
+
+def _mean_kl(found: RankSum, kwargs: PreferenceLossKwargs) -> Tensor:
+    """The mean, at least 0, in the dtype of ``kl``."""
+    total, count = found.value().unbind()
+    assert kwargs.kl is not None
+    return (total / count.clamp(min=1)).clamp(min=0).to(kwargs.kl)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from xloss import distributed
-from xloss.errors import MissingFieldError, OptionError
+from xloss.distributed import TokenRanks
+from xloss.errors import OptionError
 from xloss.losses import calibration
 from xloss.losses.model import BaseLossKwargs
 
+Weights = Callable[[], list[Tensor]]
+"""Weights of the tokens of each micro-batch. The first call makes every sum over ranks known that was asked for, so ask
+for all of the step before."""
 Reduction = Literal["token", "sample", "square", "sample_sum", "sample_sum_norm", "prompt", "sum"]
 
 
@@ -59,44 +61,44 @@ def reduction_weights(
     kwargs_list: Sequence[BaseLossKwargs],
     ignore_idx: int,
     options: ReductionOptions,
-    cu_seq_lens_list: Sequence[Tensor] | None,
-    sp_mesh: DeviceMesh | None,
+    ranks: TokenRanks,
     token_weights: Sequence[Tensor | None] | None = None,
-) -> list[Tensor]:
+) -> Weights:
     """Weight of each token of each micro-batch, float32, in the shape of its labels; 0 at ignored labels.
 
     ``token_weights`` multiply the weights, and count in the denominator of ``token``, ``sample`` and ``square``.
+    The sums over ranks are asked for now, and waited for by the call of what is returned.
     """
     valid = [kwargs.shifted_labels != ignore_idx for kwargs in kwargs_list]
-    bounds = [k.cu_seq_lens if cu_seq_lens_list is None else cu_seq_lens_list[i] for i, k in enumerate(kwargs_list)]
-    name = options.reduction
+    name, factor = options.reduction, ranks.gradient_factor(options.grad_reduce)
 
     def of_sequences(kind: str) -> list[Tensor]:
         return [
-            calibration.sequence_weights(v, b, kind, sp_mesh, repr(name)) for v, b in zip(valid, bounds, strict=True)
+            calibration.sequence_weights(v, k.cu_seq_lens, kind, repr(name))
+            for v, k in zip(valid, kwargs_list, strict=True)
+        ]
+
+    def weighted(bare: list[Tensor]) -> list[Tensor]:
+        if token_weights is None:
+            return bare
+        return [
+            w if t is None else w * t.masked_fill(~v, 0) for w, t, v in zip(bare, token_weights, valid, strict=True)
         ]
 
     if name == "prompt":
-        weights = _prompt_weights(kwargs_list, valid)
-    else:
-        weights = of_sequences(name if name in ("sample", "square") else "token")
-    bare = weights
-    if token_weights is not None:
-        weights = [
-            w if t is None else w * t.masked_fill(~v, 0) for w, t, v in zip(weights, token_weights, valid, strict=True)
-        ]
+        tokens, _ = calibration.group_counts(kwargs_list, ignore_idx, ranks, "loss_reduction='prompt'")
+        return lambda: _prompt_weights(kwargs_list, valid, tokens.value(), factor, weighted)
+    weights = weighted(of_sequences(name if name in ("sample", "square") else "token"))
     if name == "sum":
-        total = torch.ones((), device=valid[0].device)
-    elif name in ("sample_sum", "sample_sum_norm") or options.count_empty_sequences:
-        if options.count_empty_sequences:
-            total = calibration.num_sequences(valid, bounds, sp_mesh)
-        else:
-            total = calibration.global_sum(of_sequences("sample")).round()
-        total = total * (options.norm_length or 1.0)
+        return lambda: [weight * factor for weight in weights]
+    if options.count_empty_sequences:
+        total = calibration.num_sequences(kwargs_list, ranks)
+    elif name in ("sample_sum", "sample_sum_norm"):
+        total = ranks.sum([w.sum().round() for w in of_sequences("sample")])
     else:
-        total = calibration.global_sum(bare if name == "prompt" else weights)
-    factor = calibration.gradient_factor(options.grad_reduce) / total
-    return [weight * factor for weight in weights]
+        total = ranks.sum(weights)
+    scale = factor / (options.norm_length or 1.0)
+    return lambda: [weight * (scale / total.divisor()).to(weight.device) for weight in weights]
 
 
 def attach_token_weights(
@@ -104,35 +106,28 @@ def attach_token_weights(
     ignore_idx: int,
     options: ReductionOptions,
     cu_seq_lens_list: Sequence[Tensor] | None,
-    sp_mesh: DeviceMesh | None,
+    ranks: TokenRanks,
 ) -> None:
     """Set ``loss_weight`` of every micro-batch, in place, from its ``token_weight`` and the reduction."""
-    if not kwargs_list:
-        return
-    calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
+    calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list)
     free = [kwargs.token_weight for kwargs in kwargs_list]
-    weights = reduction_weights(kwargs_list, ignore_idx, options, cu_seq_lens_list, sp_mesh, free)
-    for kwargs, weight in zip(kwargs_list, weights, strict=True):
+    weights = reduction_weights(kwargs_list, ignore_idx, options, ranks, free)
+    for kwargs, weight in zip(kwargs_list, weights(), strict=True):
         kwargs.loss_weight = weight
 
 
-def _prompt_weights(kwargs_list: Sequence[BaseLossKwargs], valid: Sequence[Tensor]) -> list[Tensor]:
-    """``1 / n_g`` of each token's prompt group, counted over all micro-batches and ranks."""
-    groups = []
-    for kwargs in kwargs_list:
-        ids = getattr(kwargs, "group_ids", None)
-        if ids is None:
-            raise MissingFieldError(
-                "loss_reduction='prompt' needs group_ids, the number of each token's prompt, the same on all ranks"
-            )
-        groups.append(ids.to(torch.int64))
-    live = [ids[mask] for ids, mask in zip(groups, valid, strict=True)]
-    if any(bool((ids < 0).any()) for ids in live):
-        raise OptionError("group_ids must not be negative at tokens that count")
-    most = max((int(ids.max()) + 1 for ids in live if ids.numel()), default=0)
-    most = distributed.all_reduce_max(most, groups[0].device)
-    counts = torch.zeros(max(most, 1), device=groups[0].device)
-    for ids in live:
-        counts.index_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype))
-    counts = distributed.all_reduce_sum(counts).clamp(min=1)
-    return [mask / counts[ids.masked_fill(~mask, 0)] for ids, mask in zip(groups, valid, strict=True)]
+def _prompt_weights(
+    kwargs_list: Sequence[BaseLossKwargs],
+    valid: Sequence[Tensor],
+    counts: Tensor,
+    factor: float,
+    weighted: Callable[[list[Tensor]], list[Tensor]],
+) -> list[Tensor]:
+    """``1 / (n_g G)`` of each token's prompt group, from the valid tokens of each over the global batch."""
+    num_groups = (counts > 0).sum().clamp(min=1)
+    per_group = torch.cat([counts, counts.new_ones(1)]).clamp(min=1).to(torch.float32)  # one more: there may be none
+    bare = []
+    for kwargs, mask in zip(kwargs_list, valid, strict=True):
+        ids: Tensor = kwargs.group_ids  # type: ignore[attr-defined]
+        bare.append(mask / per_group[ids.to(torch.int64).masked_fill(~mask, 0)])
+    return [weight * (factor / num_groups) for weight in weighted(bare)]

@@ -133,7 +133,7 @@ def forward(
     is added beside the head's.
     """
     ctx.loss_kwargs.check()
-    ctx.check_ready()
+    (ctx.whole() if ctx.needs_whole() else ctx).check_ready()
     beside = ctx.value_losses(values)
     if ctx.has_own_loss_fn:
         loss, info = run_loss_fn(ctx, hidden, weight, bias)

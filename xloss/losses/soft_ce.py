@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from xloss.distributed import TokenRanks
 from xloss.errors import ShapeError
 from xloss.losses import calibration
 from xloss.losses.base import BaseLossContext, TokenLoss, require
@@ -82,14 +82,12 @@ class SoftCELossContext(BaseLossContext[SoftCELossContextInputItem]):
         kwargs_list: list[Any],
         loss_cfg: Any,
         cu_seq_lens_list: Sequence[Tensor] | None,
-        sp_mesh: DeviceMesh | None,
+        ranks: TokenRanks,
     ) -> None:
-        if not kwargs_list:
-            return
-        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list, sp_mesh)
+        calibration.attach_cu_seq_lens(kwargs_list, cu_seq_lens_list)
         options = loss_cfg.reduction_options()
-        weights = reduction_weights(kwargs_list, loss_cfg.ignore_idx, options, cu_seq_lens_list, sp_mesh)
-        for kwargs, weight in zip(kwargs_list, weights, strict=True):
+        weights = reduction_weights(kwargs_list, loss_cfg.ignore_idx, options, ranks)
+        for kwargs, weight in zip(kwargs_list, weights(), strict=True):
             kwargs.loss_weight = weight
 
     def check_ready(self) -> None:

@@ -7,7 +7,6 @@ from typing import Annotated, Self
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.errors import MissingFieldError, OptionError, UnsupportedError
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken, TokenBatch
@@ -23,11 +22,6 @@ class _PreferenceFields(TokenBatch):
     preferred: Annotated[Tensor | None, PerBatch()] = None
     kl: Annotated[Tensor | None, PerBatch()] = None
     reward_shift: Annotated[Tensor | None, PerBatch()] = None
-
-    def sp_split(self, sp_mesh: DeviceMesh) -> Self:
-        if sp_mesh.size() > 1:
-            raise UnsupportedError("preference losses need whole sequences: sequence parallelism is not supported")
-        return self
 
 
 class PreferenceLossContextInputItem(_PreferenceFields, BaseLossContextInputItem):
@@ -83,6 +77,8 @@ class PreferenceLossKwargs(_PreferenceFields, BaseLossKwargs):
     @classmethod
     def cat(cls, chunks: Sequence[Self]) -> Self:
         """Packs joined to one, calibrated together before."""
+        if any(part.split is not None for part in chunks):
+            return super().cat(chunks)  # which joins the wholes here
         for part in chunks:
             if part.cu_seq_lens is None or part.chosen is None:
                 raise UnsupportedError(
