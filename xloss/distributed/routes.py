@@ -115,11 +115,13 @@ def _check_localised(node: Any, name: str, part: bool) -> None:
             f"{name} is one rank's part of a DTensor {tuple(spec.placements)}, made by to_local(); {INSIDE}, "
             "or give a vocabulary-parallel head as the DTensor it is"
         )
-    if given is None or (sharded and not all(p.is_partial() for p in given)):
+    if given is None or (sharded and not all(p.is_partial("avg") for p in given)):
+        summed = given is not None and any(p.is_partial("sum") for p in given)
+        wrong = "adds what fully_shard averages" if summed else "keeps the gradient of this rank's tokens alone"
         raise UnsupportedError(
-            f"{name} was gathered by full_tensor(grad_placements={given}), whose backward keeps the gradient of this "
-            f"rank's tokens alone; {INSIDE}, or say what the ranks hold: full_tensor(grad_placements=[Partial('avg')]) "
-            "for ranks of fully_shard, [Replicate()] for tensor-parallel ranks, which hold the same tokens"
+            f"{name} was gathered by full_tensor(grad_placements={given}), whose backward {wrong}; {INSIDE}, or say "
+            "what the ranks hold: full_tensor(grad_placements=[Partial('avg')]) for ranks of fully_shard, "
+            "[Replicate()] for tensor-parallel ranks, which hold the same tokens"
         )
 
 
