@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from xloss.distributed import head_weight
 from xloss.errors import OptionError, UnsupportedError
 from xloss.hf.labels import label_context
 from xloss.hf.transform import LogitTransform, check_forward, logit_transform, output_head, swapped, with_transform
@@ -214,7 +215,8 @@ def _run(model: nn.Module, state: _Attached, ctx: BaseLossContext[Any], inputs: 
     losses: list[Tensor] = []
 
     def head_forward(hidden: Tensor) -> Tensor:
-        loss, info = ctx.forward(hidden, head.weight, head.bias)
+        with head_weight(head) as (weight, bias):
+            loss, info = ctx.forward(hidden, weight, bias)
         infos.append(info)
         return loss.reshape(1, 1, 1)  # in the place of logits [B, S, V]
 
