@@ -61,6 +61,10 @@ def checked(
             f"{name}={getattr(config, name)!r} has a denominator of its own over the global batch, which {framework} "
             "does not tell"
         )
+    correction = getattr(config, "rollout_correction", None)
+    for name in ("renormalize_rejected", "batch_normalize"):
+        if getattr(correction, name, False):
+            raise UnsupportedError(f"rollout_correction.{name} needs the whole step, of which {framework} shows a part")
     return config
 
 
