@@ -113,6 +113,8 @@ def local_loss(
     """
     if cu_seq_lens is None and logprobs.shape[:-1] in ((), (1,)):
         cu_seq_lens = torch.tensor([0, logprobs.numel()], device=logprobs.device)
+    if getattr(config, "z_loss_coef", 0.0):
+        raise MissingFieldError("z_loss_coef needs lse of each token; log-probs are all there is")
     lse = torch.full_like(logprobs, torch.nan)  # unknown
     with alone():
         ctx = local_context(config, fields, cu_seq_lens)
