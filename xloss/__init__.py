@@ -8,6 +8,7 @@ from xloss.distributed.access import Head, head_weight
 from xloss.distributed.vocab import VocabShard
 from xloss.errors import XlossError
 from xloss.head.linear_logprobs import linear_logprobs
+from xloss.lora import Lora, LoraWeight
 from xloss.losses.base import BaseLossContext
 from xloss.losses.ce import CELossConfig, CELossContext, CELossContextInputItem, CELossKwargs
 from xloss.losses.config import BaseLossConfig
@@ -58,6 +59,8 @@ __all__ = [
     "LogProbConfig",
     "LogProbContext",
     "LogProbKwargs",
+    "Lora",
+    "LoraWeight",
     "LossForm",
     "LossInfo",
     "MTPLossConfig",

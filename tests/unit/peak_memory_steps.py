@@ -19,6 +19,8 @@ from xloss import (
     DistillLossContextInputItem,
     GRPOLossConfig,
     LogProbConfig,
+    Lora,
+    LoraWeight,
     RLLossContextInputItem,
 )
 from xloss.cli.memory import start_peak
@@ -26,8 +28,10 @@ from xloss.cli.memory import start_peak
 PPO = {"loss_type": "vanilla", "cliprange_low": 0.2, "cliprange_high": 0.2}
 
 
-def measure(tokens: int, hidden: int, vocab: int, dtype: str, loss: str, live: int, **run: Any) -> dict[str, Any]:
-    """One step, and the backward where there is one."""
+def measure(
+    tokens: int, hidden: int, vocab: int, dtype: str, loss: str, live: int, rank: int = 0, **run: Any
+) -> dict[str, Any]:
+    """One step, and the backward where there is one. ``rank``: of an adapter on a frozen head."""
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(0, vocab, (1, tokens), generator=g)
     labels[0, live:] = -100
@@ -51,7 +55,10 @@ def measure(tokens: int, hidden: int, vocab: int, dtype: str, loss: str, live: i
     (kwargs,) = config.loss_ctx_cls.build_batches_loss_kwargs([item], config)
     context = config.loss_ctx_cls(config, kwargs)
     trained = loss != "logprob"
-    inputs = [x.requires_grad_(trained) for x in leaves]
+    inputs: list[Any] = [x.requires_grad_(trained) for x in leaves]
+    if rank:
+        a, b = (torch.randn(*size, generator=g).to(kind).requires_grad_() for size in ((rank, hidden), (vocab, rank)))
+        inputs[1] = LoraWeight(inputs[1].requires_grad_(False), (Lora(a, b, 2.0),))
     plan = context.explain(*inputs, **given)
     peak = start_peak("cpu")
     value, _ = context.forward(*inputs, **given)

@@ -35,6 +35,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "two-pass, kept, ignored": {"loss": "ce", "live": 300, "plan": "two_pass", "logits_budget": 64 * MIB},
     "distillation": {"loss": "distill", "live": 300, "divergence": "jsd"},
     "distillation, two-pass": {"loss": "distill", "live": 384, "divergence": "jsd", "plan": "two_pass"},
+    "one-pass, adapter": {"loss": "ce", "live": 300, "rank": 64},
+    "two-pass, adapter": {"loss": "ce", "live": 384, "rank": 64, "plan": "two_pass"},
     "forward-only": {"loss": "logprob", "live": 384},
     "forward-only, entropy": {"loss": "logprob", "live": 300, "return_entropy": True},
 }

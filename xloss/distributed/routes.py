@@ -26,11 +26,12 @@ _unit_of: Any = WeakIdKeyDictionary()  # gathered parameter -> unit of ``fully_s
 _no_ddp: Any = WeakIdKeyDictionary()  # parameters that no DistributedDataParallel holds: looking takes a while
 
 
-def check_gradient_route(tensor: Tensor | None, name: str) -> None:
+def check_gradient_route(tensor: Tensor | None, name: str, *, part: bool = False) -> None:
     """Raise ``UnsupportedError`` where a gradient of ``tensor`` would be lost, or be this rank's alone.
 
     Refused: a shard of FSDP; a tensor gathered by ``DTensor.full_tensor()`` or cut by ``to_local()`` whose backward
-    would keep this rank's part; a parameter of ``DistributedDataParallel`` whose ``forward`` is not running.
+    would keep this rank's part; a parameter of ``DistributedDataParallel`` whose ``forward`` is not running. ``part``:
+    ``tensor`` is said to be this rank's rows.
     """
     if not isinstance(tensor, Tensor):
         return
@@ -39,7 +40,7 @@ def check_gradient_route(tensor: Tensor | None, name: str) -> None:
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return
     for node in _nodes(tensor.grad_fn):
-        _check_localised(node, name)
+        _check_localised(node, name, part)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not in_backward():
         for leaf in _leaves(tensor):
             _check_ddp(leaf, name)
@@ -99,24 +100,28 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _check_localised(node: Any, name: str) -> None:
+def _check_localised(node: Any, name: str, part: bool) -> None:
     """Refuse the backward of ``DTensor.to_local`` (a part of ``full_tensor``) that keeps this rank's gradient."""
     if not hasattr(node, "dtensor_spec"):
         return
     spec, given = node.dtensor_spec, node.grad_placements
     if spec.device_mesh.size() == 1:
         return
+    sharded = any(is_fsdp_shard(leaf) for leaf in _leaves_of(node))
     if any(p.is_shard() for p in spec.placements):
+        if part and not sharded:
+            return
         raise UnsupportedError(
             f"{name} is one rank's part of a DTensor {tuple(spec.placements)}, made by to_local(); {INSIDE}, "
             "or give a vocabulary-parallel head as the DTensor it is"
         )
-    sharded = any(is_fsdp_shard(leaf) for leaf in _leaves_of(node))
-    if given is None or (sharded and not all(p.is_partial() for p in given)):
+    if given is None or (sharded and not all(p.is_partial("avg") for p in given)):
+        summed = given is not None and any(p.is_partial("sum") for p in given)
+        wrong = "adds what fully_shard averages" if summed else "keeps the gradient of this rank's tokens alone"
         raise UnsupportedError(
-            f"{name} was gathered by full_tensor(grad_placements={given}), whose backward keeps the gradient of this "
-            f"rank's tokens alone; {INSIDE}, or say what the ranks hold: full_tensor(grad_placements=[Partial('avg')]) "
-            "for ranks of fully_shard, [Replicate()] for tensor-parallel ranks, which hold the same tokens"
+            f"{name} was gathered by full_tensor(grad_placements={given}), whose backward {wrong}; {INSIDE}, or say "
+            "what the ranks hold: full_tensor(grad_placements=[Partial('avg')]) for ranks of fully_shard, "
+            "[Replicate()] for tensor-parallel ranks, which hold the same tokens"
         )
 
 

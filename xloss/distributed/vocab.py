@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.distributed.groups import all_gather, default_device
 from xloss.errors import OptionError, ShapeError, UnsupportedError
+from xloss.lora import LoraWeight
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -129,8 +130,8 @@ class VocabShard:
         return twin
 
 
-HeadWeight: TypeAlias = Tensor | VocabShard
-"""``[V, H]``, a DTensor of that shape, or this rank's rows of it."""
+HeadWeight: TypeAlias = Tensor | VocabShard | LoraWeight
+"""``[V, H]``, a DTensor of that shape, this rank's rows of it, or it and adapters."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class LocalHead:
     """Plain tensors of this rank. ``part``: the weight is a part of the vocabulary.
 
     ``group``: the ranks that must have the same tokens, where there is more than one. ``gathered``: the hidden states
-    are a copy, put together from those of all ranks.
+    are a copy, put together from those of all ranks. ``lora``: the head with its adapters.
     """
 
     hidden: Tensor
@@ -147,6 +148,7 @@ class LocalHead:
     part: VocabPart | None = None
     group: dist.ProcessGroup | None = None
     gathered: bool = False
+    lora: LoraWeight | None = None
 
 
 def local_head(hidden: Tensor, weight: HeadWeight, bias: Tensor | None, *, look_only: bool = False) -> LocalHead:
@@ -162,6 +164,10 @@ def local_head(hidden: Tensor, weight: HeadWeight, bias: Tensor | None, *, look_
         if bias is not None:
             raise OptionError("head_bias is for a head_weight that is whole; give VocabShard(bias=) the bias's rows")
         head = LocalHead(hidden, weight.weight, weight.bias, weight.part, weight.part.group)
+    elif isinstance(weight, LoraWeight):
+        if any(_is_dtensor(x) for x in (weight.weight, bias, *weight.tensors())):
+            raise UnsupportedError("adapters are for a head whose tensors are plain, and one of them is a DTensor")
+        head = LocalHead(hidden, weight.weight, bias, lora=weight)
     elif _is_dtensor(weight):
         head = _from_mesh(hidden, weight, bias)
     else:

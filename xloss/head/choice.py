@@ -54,7 +54,8 @@ class PlanRequest:
     operands' dtype. ``retain``: gradients are handed out as copies. ``teacher_size``: hidden size of a second head
     whose logits stand beside the first's; 0: they are given; ``None``: there is none. ``no_logits_refused`` says why
     the ``no_logits`` kernels cannot take these tensors, or ``None``. ``num_parts``: ranks that share the vocabulary, of
-    which ``vocab_size`` is one's. ``gathered``: the hidden states are a copy.
+    which ``vocab_size`` is one's. ``gathered``: the hidden states are a copy. ``rank``: of the adapters on the head
+    together; ``adapter_bytes`` the width of their numbers, ``adapter_grad`` whether they have gradients.
     """
 
     kind: PlanKind
@@ -86,6 +87,9 @@ class PlanRequest:
     teacher_size: int | None = None
     num_parts: int = 1
     gathered: bool = False
+    rank: int = 0
+    adapter_bytes: int = 4
+    adapter_grad: bool = True
     reasons: tuple[str, ...] = ()
 
     @property

@@ -23,6 +23,7 @@ from xloss.head.main_grad import MainGrad
 from xloss.head.options import HeadInputs, HeadOptions, LiveRows
 from xloss.head.plan import Plan, make_plan
 from xloss.head.runner import HeadCall, strip_dtype, waiting_dtype
+from xloss.lora import LoraWeight
 
 Mode = Literal["auto", "eager", "chunk", "fused"]
 MODES: tuple[str, ...] = ("auto", "eager", "chunk", "fused")
@@ -107,9 +108,7 @@ def gather_inputs(
     """Check everything and flatten the token axes. ``look_only``: ranks exchange nothing, the sizes are right."""
     shapes.check_positive("softcap", options.softcap)
     shapes.check_positive("logit_scale", options.logit_scale)
-    rows = (head_weight.weight, head_weight.bias) if isinstance(head_weight, VocabShard) else (head_weight, head_bias)
-    for name, tensor in zip(("head_weight", "head_bias"), rows, strict=True):
-        check_gradient_route(tensor, name)
+    _check_routes(head_weight, head_bias)
     head = local_head(hidden_states, head_weight, head_bias, look_only=look_only)
     hidden_states, head_weight, head_bias = head.hidden, head.weight, head.bias
     device_type = head_weight.device.type if isinstance(head_weight, Tensor) else "cpu"
@@ -140,7 +139,22 @@ def gather_inputs(
         part=head.part,
         group=head.group,
         gathered=head.gathered,
+        lora=head.lora,
     )
+
+
+def _check_routes(weight: HeadWeight, bias: Tensor | None) -> None:
+    """Raise where a gradient of the head would not arrive."""
+    part = isinstance(weight, VocabShard)
+    if isinstance(weight, LoraWeight):
+        for tensor in weight.tensors():
+            check_gradient_route(tensor, "an adapter's matrix")
+        weight = weight.weight
+    elif isinstance(weight, VocabShard):
+        bias = weight.bias
+        weight = weight.weight
+    check_gradient_route(weight, "head_weight", part=part)
+    check_gradient_route(bias, "head_bias", part=part)
 
 
 def live_rows(labels: Tensor, ignore_index: int) -> LiveRows:
@@ -151,8 +165,11 @@ def live_rows(labels: Tensor, ignore_index: int) -> LiveRows:
     return LiveRows.find(live if labels.ndim == 1 else live.any(1))
 
 
-def _no_logits_refused(weight: Tensor) -> str | None:
-    """Why the ``no_logits`` kernels cannot read this weight, or ``None`` if they can."""
+def _no_logits_refused(inputs: HeadInputs) -> str | None:
+    """Why the ``no_logits`` kernels cannot take this head, or ``None`` if they can."""
+    weight = inputs.weight
+    if inputs.lora is not None:
+        return "those know no adapters, and head_weight has one"
     if weight.stride(1) != 1 and weight.shape[1] != 1:
         return f"those read contiguous rows; head_weight has strides {tuple(weight.stride())}"
     if weight.shape[0] > _MAX_VOCAB:
@@ -202,9 +219,12 @@ def plan_call(
             chunk_size=run.chunk_size,
             logits_budget=run.logits_budget,
             kernels=run.kernels,
-            no_logits_refused=_no_logits_refused(inputs.weight),
+            no_logits_refused=_no_logits_refused(inputs),
             main_grad=run.accumulate_into_main_grad,
             teacher_size=None if inputs.teacher is None else inputs.teacher.source.hidden_size,
+            rank=0 if inputs.lora is None else inputs.lora.rank,
+            adapter_bytes=0 if inputs.lora is None else max(x.dtype.itemsize for x in inputs.lora.tensors()),
+            adapter_grad=inputs.lora is not None and any(x.requires_grad for x in inputs.lora.tensors()),
             weight_grad=inputs.weight.requires_grad,
             hidden_grad=inputs.hidden.requires_grad,
             reasons=reasons,

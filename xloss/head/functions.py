@@ -13,25 +13,26 @@ from xloss.errors import GraphError
 from xloss.head import engine
 from xloss.head.backend import Adjoints, LossTwin
 from xloss.head.first_order import first_order
+from xloss.head.options import HeadTensors
 from xloss.head.runner import Chunk, ChunkRunner, GradSink, HeadCall
 from xloss.stats import DIFFERENTIABLE, TokenStats
 
-Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
+Grads = tuple[Tensor | None, ...]
+_TENSORS = len(HeadTensors._fields)
 
 
 class OnePass(torch.autograd.Function):
     """Gradients formed in forward, scaled in backward by the upstream scalar (no host sync)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, job: OnePassJob
-    ) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            runner = ChunkRunner(call, hidden, weight, bias)
-            sink = GradSink(runner, ctx.needs_input_grad[:3])
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        tensors, call, job = HeadTensors(*given[:_TENSORS]), given[_TENSORS], given[_TENSORS + 1]
+        with torch.autocast(tensors.hidden.device.type, enabled=False):
+            runner = ChunkRunner(call, tensors)
+            sink = GradSink(runner, ctx.needs_input_grad[:_TENSORS])
             job.stats = engine.one_pass(runner, sink, job)
         ctx.save_for_backward(*sink.finish())
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in tensors)
         ctx.keep, ctx.spent, ctx.scale = call.allow_retain_graph, False, call.backend.scale
         ctx.main_grad = call.main_grad
         return job.total()
@@ -103,15 +104,14 @@ class LinearLogprobs(torch.autograd.Function):
     """Token statistics as differentiable outputs, in live order; the backward takes any adjoints (two-pass plan)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
-    ) -> tuple[Tensor | None, ...]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            masked, exact, ctx.kept = engine.two_pass_forward(ChunkRunner(call, hidden, weight, bias))
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        tensors, call = HeadTensors(*given[:_TENSORS]), given[_TENSORS]
+        with torch.autocast(tensors.hidden.device.type, enabled=False):
+            masked, exact, ctx.kept = engine.two_pass_forward(ChunkRunner(call, tensors))
         temperature = call.temperature if isinstance(call.temperature, Tensor) else None
         teacher = [] if call.teacher is None else call.teacher.source.tensors()
         # writing to any of them before is an error
-        ctx.save_for_backward(hidden, weight, bias, call.labels, temperature, *teacher)
+        ctx.save_for_backward(*tensors, call.labels, temperature, *teacher)
         ctx.call, ctx.exact = call, exact
         ctx.set_materialize_grads(False)
         if masked.top1 is not None:
@@ -122,36 +122,31 @@ class LinearLogprobs(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: HeadCall = ctx.call
-        hidden, weight, bias, *_ = ctx.saved_tensors
-        gather_again(weight)
+        tensors = HeadTensors(*ctx.saved_tensors[:_TENSORS])
+        gather_again(tensors.weight)
         kept, ctx.kept = ctx.kept, []  # a second backward computes the logits again
         acc = {n: g[: call.rows.num_grad] for n, g in zip(DIFFERENTIABLE, grads, strict=False) if g is not None}
-        sums = _two_pass_sums(call, (hidden, weight, bias), ctx.needs_input_grad[:3], kept, ctx.exact, acc)
-        d_hidden, d_weight, d_bias = _cast(sums, (hidden, weight, bias))
+        sums = _two_pass_sums(call, tensors, ctx.needs_input_grad[:_TENSORS], kept, ctx.exact, acc)
+        given = [None if g is None or x is None else g.to(x.dtype) for g, x in zip(sums, tensors, strict=True)]
         if call.main_grad is not None:
-            d_weight = call.main_grad.given_to_autograd()
-        return d_hidden, d_weight, d_bias, None
+            given[1] = call.main_grad.given_to_autograd()
+        return (*given, None)
 
 
 def _two_pass_sums(
     call: HeadCall,
-    inputs: tuple[Tensor, Tensor, Tensor | None],
-    needs: tuple[bool, bool, bool],
+    tensors: HeadTensors,
+    needs: tuple[bool, ...],
     kept: list[Chunk],
     exact: TokenStats,
     adjoints: Adjoints,
-) -> Triple:
+) -> Grads:
     """Pass 2 in accumulator precision; its buffers end with it."""
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        runner = ChunkRunner(call, *inputs)
+    with torch.autocast(tensors.hidden.device.type, enabled=False):
+        runner = ChunkRunner(call, tensors)
         sink = GradSink(runner, needs, None if call.main_grad is None else call.main_grad.buffer)
         if adjoints:
             adjoints.setdefault("logprobs", torch.zeros_like(exact.logprobs))
             engine.two_pass_backward(runner, sink, kept, exact, adjoints)
         kept.clear()  # before gradients are rounded beside their sums
     return sink.finish()
-
-
-def _cast(grads: Triple, like: Triple) -> Triple:
-    h, w, b = (None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, like, strict=True))
-    return h, w, b

@@ -54,7 +54,7 @@ def linear_logprobs(
     Args:
         hidden_states: ``[T, H]``, ``[1, T, H]`` or ``[B, S, H]``; float64, float32, bfloat16 or float16.
         head_weight: ``[V, H]``, dtype of ``hidden_states`` (any under autocast); on ranks that share the vocabulary a
-            DTensor ``Shard(0)`` or a ``VocabShard``, with the same tokens on each.
+            DTensor ``Shard(0)`` or a ``VocabShard``, with the same tokens on each; with adapters a ``LoraWeight``.
         labels: int, the leading shape of ``hidden_states``, or that and ``K`` labels per token. Already shifted.
         head_bias: ``[V]`` or ``None``. An entry of ``-inf`` bans a token.
         temperature: positive number, or one per token; a constant.
@@ -104,12 +104,12 @@ def token_stats(
     if inputs.tracked:
         plan = plan_call(inputs, options, rows, "two-pass", mode, run, reasons)
         call = head_call(inputs, options, rows, plan, run)
-        *values, top1 = LinearLogprobs.apply(inputs.hidden, inputs.weight, inputs.bias, call)
+        *values, top1 = LinearLogprobs.apply(*inputs.tensors(rows, options.ignore_index), call)
         stats = TokenStats(**dict(zip(DIFFERENTIABLE, values, strict=True)), top1=top1)
     else:
         plan = plan_call(inputs, options, rows, "forward-only", mode, run, reasons)
         call = head_call(inputs, options, rows, plan, run)
-        stats = engine.forward_stats(ChunkRunner(call, inputs.hidden, inputs.weight, inputs.bias), 0, rows.num_live)
+        stats = engine.forward_stats(ChunkRunner(call, inputs.tensors(rows, options.ignore_index)), 0, rows.num_live)
     return spread_stats(stats, rows), plan
 
 

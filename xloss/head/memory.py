@@ -59,6 +59,23 @@ def copy_bytes(r: PlanRequest) -> int:
     return out
 
 
+def adapter_bytes(r: PlanRequest) -> int:
+    """Adapters' input where it is a copy, ``h2`` and ``B`` for the products beside the tensors, and their gradients.
+
+    A dropout's output and mask are its own business.
+    """
+    if not r.rank or r.kind in ("eager", "chunked-autograd"):
+        return 0
+    picked = r.hidden_bytes * (r.num_live < r.num_rows)
+    cast = r.adapter_bytes * (r.adapter_bytes != r.hidden_bytes)
+    thin = (r.num_rows + r.vocab_size) * r.rank
+    casts = thin * r.logit_bytes * (r.adapter_bytes != r.logit_bytes) + thin * r.operand_bytes * (
+        r.operand_bytes != r.logit_bytes
+    )
+    grads = 0 if r.kind == "forward-only" else thin * r.logit_bytes * r.adapter_grad
+    return r.num_live * r.hidden_size * (picked + cast) + r.num_rows * r.rank * r.adapter_bytes + casts + grads
+
+
 def _row_work(r: PlanRequest, choice: Choice, rows: int, saved: int) -> int:
     """Blocks of the torch row work. The kernels work in registers."""
     if r.mode != "chunk":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from xloss.distributed.vocab import VocabPart
 from xloss.head.teacher import Teacher
+from xloss.lora import LoraWeight
 from xloss.stats import StatSpec
 
 
@@ -81,13 +83,24 @@ def rows_of(temperature: float | Tensor, rows: LiveRows, start: int, stop: int) 
     return rows.take(temperature, start, stop) if isinstance(temperature, Tensor) else temperature
 
 
+class HeadTensors(NamedTuple):
+    """What autograd tracks: ``[T, H]``, ``[V, H]``, ``[V]``; of adapters ``[T, r]`` (0 at dead rows) and ``[V, r]``."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    low_hidden: Tensor | None
+    low_weight: Tensor | None
+
+
 @dataclass(frozen=True)
 class HeadInputs:
     """Checked, flattened inputs: ``hidden [T, H]``, labels ``[T]`` or ``[T, K]``; ``lead`` is the shape to return.
 
     ``teacher``: the second distribution, where the divergence from it is one of the statistics. ``part``: the weight
     ``[V_r, H]`` is a part of the vocabulary; ``group``: the ranks that must have the same tokens; ``gathered``: the
-    hidden states are a copy put together from theirs.
+    hidden states are a copy put together from theirs. ``lora``: the head with its adapters, where it has any;
+    ``weight`` is the one under them.
     """
 
     hidden: Tensor
@@ -101,14 +114,25 @@ class HeadInputs:
     part: VocabPart | None = None
     group: dist.ProcessGroup | None = None
     gathered: bool = False
+    lora: LoraWeight | None = None
 
     @property
     def vocab_size(self) -> int:
         """Rows of the whole head: what labels count."""
         return self.weight.shape[0] if self.part is None else self.part.vocab_size
 
+    def tensors(self, rows: LiveRows, ignore_index: int) -> HeadTensors:
+        """For the chunk loops. Adapters see live rows alone: what stands at others must not matter, be it NaN."""
+        if self.lora is None:
+            return HeadTensors(self.hidden, self.weight, self.bias, None, None)
+        live = rows.take(self.hidden, 0, rows.num_live)
+        if not rows.counted:
+            ignored = self.labels == ignore_index
+            live = live.masked_fill((ignored if ignored.ndim == 1 else ignored.all(1)).unsqueeze(1), 0)
+        return HeadTensors(self.hidden, self.weight, self.bias, rows.spread(self.lora.down(live)), self.lora.up())
+
     @property
     def tracked(self) -> bool:
         """Whether autograd wants gradients of this call."""
-        tensors = (self.hidden, self.weight, self.bias)
+        tensors = (self.hidden, self.weight, self.bias, *(self.lora.tensors() if self.lora else ()))
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

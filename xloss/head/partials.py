@@ -124,7 +124,7 @@ def begin_whole(
     """Statistics of the whole vocabulary from those of this part (``pack``), by one gather."""
     sent = pack(stats, peak, labels, part)
     found = sent.new_empty((len(part.bounds), *sent.shape))
-    work = dist.all_gather_into_tensor(found.flatten(0, 1), sent, group=part.group, async_op=True)
+    work = dist.all_gather(list(found.unbind()), sent, group=part.group, async_op=True)
     return Begun(lambda: merge(_waited(work, found, sent), spec, labels, part.bounds))
 
 

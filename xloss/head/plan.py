@@ -20,7 +20,8 @@ class Plan:
     ``logits_bytes`` is the largest buffer of vocabulary-sized work held at once: logits, or, where no logits are
     written, a strip of dlogits ``[chunk_rows, strip_columns]`` or the partial statistics of a chunk. ``grad_bytes``:
     where gradients are summed. ``scratch_bytes``: what chunks need beside both. ``copy_bytes``: gradients in the dtype
-    they are handed out in, where that is another; the logits are gone by then.
+    they are handed out in, where that is another; the logits are gone by then. ``adapter_bytes``: what adapters of
+    ``rank`` hold all along.
     """
 
     kind: PlanKind
@@ -40,6 +41,8 @@ class Plan:
     copy_bytes: int
     reasons: tuple[str, ...]
     teacher_size: int | None = None
+    rank: int = 0
+    adapter_bytes: int = 0
 
     @property
     def num_chunks(self) -> int:
@@ -52,7 +55,7 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Most bytes above the inputs, vectors of a number per token apart; of what autograd runs only a part."""
-        return self.grad_bytes + max(self.logits_bytes + self.scratch_bytes, self.copy_bytes)
+        return self.adapter_bytes + self.grad_bytes + max(self.logits_bytes + self.scratch_bytes, self.copy_bytes)
 
     @property
     def flops(self) -> int:
@@ -62,7 +65,7 @@ class Plan:
             recomputed = max(0, self.num_grad - self.saved_chunks * self.chunk_rows)
         projected = self.num_live + recomputed
         backward = 0 if self.kind == "forward-only" else 2 * self.num_grad
-        width = self.hidden_size * (projected + backward) + (self.teacher_size or 0) * projected
+        width = (self.hidden_size + self.rank) * (projected + backward) + (self.teacher_size or 0) * projected
         return 2 * self.vocab_size * width
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
@@ -91,6 +94,8 @@ class Plan:
         ]
         if self.kind not in ("eager", "chunked-autograd"):
             scratch, copies = readable(self.scratch_bytes), readable(self.copy_bytes)
+            if self.rank:
+                lines.append(f"  lora   adapters of rank {self.rank}, {readable(self.adapter_bytes)}")
             lines.append(
                 f"  peak   {readable(self.peak_bytes)}, with {scratch} of scratch, {copies} of copies at the end"
             )
@@ -132,6 +137,8 @@ def make_plan(request: PlanRequest) -> Plan:
         copy_bytes=memory.copy_bytes(r),
         reasons=r.reasons + why + _main_grad_why(r),
         teacher_size=r.teacher_size,
+        rank=r.rank,
+        adapter_bytes=memory.adapter_bytes(r),
     )
 
 

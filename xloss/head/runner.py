@@ -13,8 +13,9 @@ from torch import Tensor
 from xloss.distributed.vocab import VocabPart
 from xloss.head import gemm, part_divergence
 from xloss.head.backend import Adjoints, HeadBackend, RawRows, RowBackend, RowState, TokenRows
+from xloss.head.low_rank import LowRank
 from xloss.head.main_grad import MainGrad
-from xloss.head.options import HeadOptions, LiveRows
+from xloss.head.options import HeadOptions, HeadTensors, LiveRows
 from xloss.head.partials import Begun, begin_sum, begin_whole, empty_stats, part_adjoints
 from xloss.head.plan import Plan
 from xloss.head.teacher import Teacher
@@ -56,11 +57,14 @@ class Chunk:
 class ChunkRunner:
     """Runs chunks of one call over one work buffer, operands cast once."""
 
-    def __init__(self, call: HeadCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, call: HeadCall, tensors: HeadTensors) -> None:
         self.call = call
-        self.hidden = hidden.detach()
-        self.weight = weight.detach().to(call.operand_dtype)
-        self.bias = None if bias is None else bias.detach()
+        self.hidden = tensors.hidden.detach()
+        self.weight = tensors.weight.detach().to(call.operand_dtype)
+        self.bias = None if tensors.bias is None else tensors.bias.detach()
+        self.low: LowRank | None = None
+        if tensors.low_hidden is not None and tensors.low_weight is not None:
+            self.low = LowRank(tensors.low_hidden, tensors.low_weight, call.operand_dtype)
         self._buffer: Tensor | None = None
 
     def new_buffer(self, rows: int) -> Tensor:
@@ -94,6 +98,8 @@ class ChunkRunner:
         call = self.call
         teacher = None if call.teacher is None else call.teacher.rows(places, buffer[1])
         logits = gemm.project(hidden, self.weight, buffer[0])
+        if self.low is not None:
+            self.low.add_logits_(logits, places)
         return RawRows(logits, call.labels[places], self.temperature(places), self.bias, teacher, call.part)
 
     def token_rows(self, places: Tensor | slice) -> TokenRows:
@@ -172,12 +178,12 @@ class ChunkRunner:
 
 
 class GradSink:
-    """Gradients of hidden, weight and bias, added up chunk by chunk in float32; absent ones cost nothing.
+    """Gradients of hidden, weight, bias and adapters, added up chunk by chunk in float32; absent ones cost nothing.
 
     ``into``: the weight's gradient is added to this buffer, and is not ``finish``'s to return.
     """
 
-    def __init__(self, runner: ChunkRunner, needs: tuple[bool, bool, bool], into: Tensor | None = None) -> None:
+    def __init__(self, runner: ChunkRunner, needs: tuple[bool, ...], into: Tensor | None = None) -> None:
         hidden, weight = runner.hidden, runner.weight
         acc = gemm.accumulate_dtype(runner.call.operand_dtype)
         self.runner = runner
@@ -188,6 +194,8 @@ class GradSink:
         if self._own_weight and needs[1]:
             self.weight = torch.empty(weight.shape, dtype=acc, device=weight.device)
         self.bias = torch.zeros(weight.shape[0], dtype=acc, device=weight.device) if needs[2] else None
+        if runner.low is not None:
+            runner.low.want_grads(needs[3], needs[4])
         self._empty = True
 
     def add(self, dlogits: Tensor, hidden: Tensor, places: Tensor | slice) -> None:
@@ -196,6 +204,8 @@ class GradSink:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
         dz = gemm.narrow_(dlogits, self.runner.weight.dtype)
         begun = None
+        if self.runner.low is not None:
+            self.runner.low.add_grads(dz, places)
         if self.hidden is not None:
             begun = self._put_hidden(gemm.grad_hidden(dz, self.runner.weight), places)
         if self.weight is not None:
@@ -240,13 +250,15 @@ class GradSink:
             begun.finish()
         self._empty = False
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The sums; zero where no row had a gradient."""
+    def finish(self) -> tuple[Tensor | None, ...]:
+        """The sums, those of adapters last; zero where no row had a gradient."""
+        low = self.runner.low
+        adapters = (None, None) if low is None else (low.hidden_grad, low.weight_grad)
         if not self._own_weight:
-            return self.hidden, None, self.bias
+            return self.hidden, None, self.bias, *adapters
         if self._empty and self.weight is not None:
             self.weight.zero_()
-        return self.hidden, self.weight, self.bias
+        return self.hidden, self.weight, self.bias, *adapters
 
 
 def strip_dtype(operand: torch.dtype) -> torch.dtype:

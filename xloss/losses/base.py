@@ -237,7 +237,8 @@ class BaseLossContext(Generic[InputItem]):
 
         Args:
             hidden_states: ``[T, H]``, ``[1, T, H]`` or ``[B, S, H]``, leading shape of ``shifted_labels``.
-            head_weight: ``[V, H]``; on ranks that share the vocabulary a DTensor ``Shard(0)`` or a ``VocabShard``.
+            head_weight: ``[V, H]``; on ranks that share the vocabulary a DTensor ``Shard(0)`` or a ``VocabShard``; with
+                adapters a ``LoraWeight``.
             head_bias: ``[V]`` or ``None``.
 
         Returns:

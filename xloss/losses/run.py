@@ -191,7 +191,7 @@ def _one_pass(run: _Run, plan: Plan) -> tuple[Tensor, LossInfo]:
     call = head_call(run.inputs, run.options, run.rows, plan, run.run_options)
     empty = torch.empty(0, dtype=gemm.accumulate_dtype(run.inputs.operand_dtype), device=run.inputs.hidden.device)
     job = OnePassJob(loss_of, empty, run.ctx.twin(live_kwargs))
-    loss = OnePass.apply(run.inputs.hidden, run.inputs.weight, run.inputs.bias, call, job)
+    loss = OnePass.apply(*run.inputs.tensors(run.rows, run.options.ignore_index), call, job)
     assert job.stats is not None
     if not job.losses:  # nothing is live: the metrics still have their names, on every rank
         job.losses.append(run.on.evaluate(job.stats, live_kwargs))
@@ -200,10 +200,10 @@ def _one_pass(run: _Run, plan: Plan) -> tuple[Tensor, LossInfo]:
 
 def _chunked_stats(run: _Run, plan: Plan) -> TokenStats:
     call = head_call(run.inputs, run.options, run.rows, plan, run.run_options)
-    inputs = run.inputs
+    tensors = run.inputs.tensors(run.rows, run.options.ignore_index)
     if plan.kind == "forward-only":
-        return engine.forward_stats(ChunkRunner(call, inputs.hidden, inputs.weight, inputs.bias), 0, run.rows.num_live)
-    *values, top1 = LinearLogprobs.apply(inputs.hidden, inputs.weight, inputs.bias, call)
+        return engine.forward_stats(ChunkRunner(call, tensors), 0, run.rows.num_live)
+    *values, top1 = LinearLogprobs.apply(*tensors, call)
     return TokenStats(**dict(zip(DIFFERENTIABLE, values, strict=True)), top1=top1)
 
 
@@ -254,7 +254,7 @@ def explain(
     inputs = gather_inputs(hidden, weight, bias, kwargs.shifted_labels, 1.0, options, run_options, "shifted_labels")
     if inputs.weight is not weight:
         raise UnsupportedError(
-            "a custom loss_fn gets plain tensors, and head_weight is on a mesh or a part of a vocabulary; "
+            "a custom loss_fn gets a plain weight; head_weight is on a mesh, a part of a vocabulary or has adapters: "
             "define token_loss, which every layout of the head serves"
         )
     eager_mode = cfg.mode == "eager"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from xloss.distributed.vocab import HeadWeight, local_head
-from xloss.errors import MissingFieldError, OptionError, ShapeError
+from xloss.errors import MissingFieldError, OptionError, ShapeError, UnsupportedError
 from xloss.head.teacher import LogitsFn, Teacher, TeacherHead, TeacherLogits
 from xloss.losses.base import require
 from xloss.policy.divergence import Divergence
@@ -96,6 +96,8 @@ def _head(
     hidden: Tensor, weight: HeadWeight, bias: Tensor | None, logit_scale: float, softcap: float | None
 ) -> TeacherHead:
     head = local_head(_flat(hidden), weight, bias)
+    if head.lora is not None:
+        raise UnsupportedError("the second distribution's head is a LoraWeight; give its weight, adapters merged")
     return TeacherHead(head.hidden, head.weight, head.bias, logit_scale, softcap, head.part)
 
 

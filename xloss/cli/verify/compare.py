@@ -87,7 +87,7 @@ def _gradients(found: Outcome, expected: Outcome) -> dict[str, float]:
 def _relative(found: Tensor | None, expected: Tensor | None) -> float:
     if found is None or expected is None or found.shape != expected.shape:
         return math.inf
-    return relative(found.cpu(), expected.double().cpu())
+    return relative(found, expected.double())
 
 
 def _apart(found: float, expected: float) -> float:
@@ -98,7 +98,7 @@ def _factor(found: Tensor | None, expected: Tensor | None) -> tuple[float, float
     """``c`` of the least squares ``found = c expected``, and the relative size of what is left."""
     if found is None or expected is None or found.shape != expected.shape:
         return math.nan, math.nan
-    g, want = found.double().cpu().flatten(), expected.double().cpu().flatten()
+    g, want = found.double().flatten(), expected.double().flatten()
     size = float(want @ want)
     if size == 0:
         return math.nan, math.nan

@@ -10,34 +10,30 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from xloss import Lora, LoraWeight
 from xloss.cli.verify.layouts import Site, Variants, dealt, layout
-from xloss.cli.verify.problem import Kind, SmallLM
+from xloss.cli.verify.problem import LORA_SCALE, Kind, SmallLM
 from xloss.cli.verify.step import Setup
 
 MICRO_BATCHES = 3
 
 
-def _my_cut(site: Site, micro_batches: int = MICRO_BATCHES) -> Any:
+def my_cut(site: Site, micro_batches: int = MICRO_BATCHES) -> Any:
     return dealt(site, site.rank.world, site.rank.rank, micro_batches)
 
 
-def _ddp(site: Site, model: SmallLM) -> DistributedDataParallel:
+def ddp_of(site: Site, model: SmallLM) -> DistributedDataParallel:
     return DistributedDataParallel(model, device_ids=[site.rank.device] if site.rank.device.type == "cuda" else None)
 
 
-def _ddp_last(module: nn.Module) -> Callable[[int, int], None]:
-    """Reduce gradients in the last micro-batch only: what ``no_sync`` sets."""
+def last_only(module: nn.Module) -> Callable[[int, int], None]:
+    """Reduce gradients in the last micro-batch only: DDP's ``no_sync``, and what FSDP2 has for it."""
 
     def before(i: int, n: int) -> None:
-        module.require_backward_grad_sync = i == n - 1  # type: ignore[assignment]
-
-    return before
-
-
-def _fsdp_last(module: nn.Module) -> Callable[[int, int], None]:
-    def before(i: int, n: int) -> None:
-        assert isinstance(module, FSDPModule)
-        module.set_requires_gradient_sync(i == n - 1)
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(i == n - 1)
+        else:
+            module.require_backward_grad_sync = i == n - 1  # type: ignore[assignment]
 
     return before
 
@@ -61,22 +57,22 @@ def shard(model: SmallLM, units: list[Any], **options: Any) -> SmallLM:
 )
 def ddp(site: Site) -> Variants:
     """The plainest engine."""
-    yield "", Setup(_ddp(site, site.model()), _my_cut(site))
+    yield "", Setup(ddp_of(site, site.model()), my_cut(site))
 
 
 @layout("ddp-no-sync", "DDP, gradients reduced in the last micro-batch", ranks=1)
 def ddp_no_sync(site: Site) -> Variants:
     """Gradient accumulation with ``no_sync``."""
-    module = _ddp(site, site.model())
-    yield "", Setup(module, _my_cut(site), before=_ddp_last(module))
+    module = ddp_of(site, site.model())
+    yield "", Setup(module, my_cut(site), before=last_only(module))
 
 
 @layout("uneven-ranks", "DDP, rank r has r + 1 micro-batches", ranks=2)
 def uneven_ranks(site: Site) -> Variants:
     """Ranks with different numbers of micro-batches."""
-    module = _ddp(site, site.model())
+    module = ddp_of(site, site.model())
     most = site.batch.num_pairs // site.rank.world
-    yield "", Setup(module, _my_cut(site, min(site.rank.rank + 1, most)), before=_ddp_last(module))
+    yield "", Setup(module, my_cut(site, min(site.rank.rank + 1, most)), before=last_only(module))
 
 
 @layout("empty-rank", "FSDP2, the last rank has nothing but a prompt without labels", ranks=2)
@@ -92,31 +88,70 @@ def empty_rank(site: Site) -> Variants:
 @layout("fsdp2-root", "FSDP2, the head in the root's unit", ranks=1)
 def fsdp2_root(site: Site) -> Variants:
     """What a plain ``fully_shard(model)`` gives."""
-    yield "", Setup(shard(site.model(), []), _my_cut(site))
+    yield "", Setup(shard(site.model(), []), my_cut(site))
+
+
+@layout("fsdp2-grouped", "FSDP2, the head in one unit with the norm", ranks=1)
+def fsdp2_grouped(site: Site) -> Variants:
+    """The layout of transformers' plans."""
+    model = site.model()
+    yield "", Setup(shard(model, [[model.norm, model.lm_head]]), my_cut(site))
+
+
+@layout("fsdp2-own", "FSDP2, the head a unit of its own", ranks=1)
+def fsdp2_own(site: Site) -> Variants:
+    """Its forward, where FSDP2 would gather it, is never called."""
+    for reshard in (True, False):
+        model = site.model()
+        module = shard(model, [model.lm_head], reshard_after_forward=reshard)
+        yield f"reshard_after_forward={reshard}", Setup(module, my_cut(site))
+        yield f"reshard_after_forward={reshard}, no sync", Setup(module, my_cut(site), before=last_only(module))
 
 
 @layout("fsdp2-no-reshard", "FSDP2, weights kept gathered from forward to backward", ranks=1)
 def fsdp2_no_reshard(site: Site) -> Variants:
-    """``reshard_after_forward=False`` everywhere, the head in one unit with the norm."""
+    """``reshard_after_forward=False`` everywhere."""
+    yield "head in the root", Setup(shard(site.model(), [], reshard_after_forward=False), my_cut(site))
     model = site.model()
-    yield "", Setup(shard(model, [[model.norm, model.lm_head]], reshard_after_forward=False), _my_cut(site))
+    module = shard(model, [[model.norm, model.lm_head]], reshard_after_forward=False)
+    yield "head with the norm", Setup(module, my_cut(site))
 
 
 @layout("fsdp2-tied", "FSDP2, the head is the embedding", ranks=1, kind=Kind(tied=True))
 def fsdp2_tied(site: Site) -> Variants:
     """One weight, two gradients that add."""
-    yield "", Setup(shard(site.model(Kind(tied=True)), []), _my_cut(site))
+    yield "", Setup(shard(site.model(Kind(tied=True)), []), my_cut(site))
 
 
 @layout("fsdp2-no-sync", "FSDP2, gradients reduced in the last micro-batch", ranks=1)
 def fsdp2_no_sync(site: Site) -> Variants:
     """``set_requires_gradient_sync``."""
     module = shard(site.model(), [])
-    yield "", Setup(module, _my_cut(site), before=_fsdp_last(module))
+    yield "", Setup(module, my_cut(site), before=last_only(module))
+
+
+class LoraLM(SmallLM):
+    """Gives the adapter to the loss as it is: no dense product."""
+
+    def adapted(self, weight: Any) -> Any:
+        """The head's weight and its adapter."""
+        assert self.lora_a is not None and self.lora_b is not None
+        return LoraWeight(weight, (Lora(self.lora_a, self.lora_b, LORA_SCALE),))
+
+
+@layout("lora-head", "LoRA on a frozen lm_head, under DDP and FSDP2", ranks=1, kind=Kind(lora=True))
+def lora_head(site: Site) -> Variants:
+    """Against the dense ``W + s B A``."""
+    module = ddp_of(site, site.model(Kind(lora=True), cls=LoraLM))
+    yield "DDP", Setup(module, my_cut(site), before=last_only(module))
+    for own in (False, True):
+        model = site.model(Kind(lora=True), cls=LoraLM)
+        unit = "a unit of its own" if own else "the root's unit"
+        yield f"FSDP2, head in {unit}", Setup(shard(model, [model.lm_head] * own), my_cut(site))
 
 
 @layout("fsdp2-bf16", "FSDP2, computed in bfloat16, reduced in float32", ranks=1, compute=torch.bfloat16)
 def fsdp2_bf16(site: Site) -> Variants:
     """``MixedPrecisionPolicy``; compared with one process that computes in bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    yield "", Setup(shard(site.model(), [], mp_policy=policy), _my_cut(site))
+    yield "", Setup(shard(site.model(), [], mp_policy=policy), my_cut(site))

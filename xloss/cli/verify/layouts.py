@@ -24,9 +24,9 @@ class Site:
     batch: GlobalBatch
     rank: Rank
 
-    def model(self, kind: Kind = PLAIN, dtype: torch.dtype | None = None) -> SmallLM:
+    def model(self, kind: Kind = PLAIN, dtype: torch.dtype | None = None, cls: type[SmallLM] = SmallLM) -> SmallLM:
         """The bare model."""
-        return build_model(self.shape, self.rank.device, dtype, kind)
+        return build_model(self.shape, self.rank.device, dtype, kind, cls)
 
     def chunk_size(self, parts: int) -> int:
         """Tokens a chunk that make about ``parts`` chunks of the whole batch."""

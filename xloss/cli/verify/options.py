@@ -32,7 +32,7 @@ class VerifyOptions:
     """auto takes NCCL if there is a GPU for every process, else gloo on the CPU."""
     hidden_size: Size = 32
     """Hidden size of the model."""
-    vocab_size: Annotated[int, Parameter(validator=validators.Number(gte=16))] = 97
+    vocab_size: Annotated[int, Parameter(validator=validators.Number(gte=16))] = 96
     """Words in the vocabulary."""
     tokens: Annotated[int, Parameter(validator=validators.Number(gte=64))] = 192
     """Tokens of one optimizer step, over all processes."""

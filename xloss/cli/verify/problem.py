@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xloss import LossInfo, linear_logprobs
+from xloss import LossInfo, head_weight, linear_logprobs
 
 IGNORED = -100
 EPS = 1e-6  # of the norms: torch's default differs between dtypes, and so would their results
+LORA_RANK, LORA_SCALE = 4, 0.5
 TARGETS = 3  # labels a token of soft cross-entropy and top-k distillation
 
 
@@ -37,6 +38,7 @@ class Kind:
 
     bias: bool = False
     tied: bool = False
+    lora: bool = False
 
 
 PLAIN = Kind()
@@ -82,6 +84,9 @@ class SmallLM(nn.Module):
         self.lm_head = nn.Linear(hidden, vocab, bias=shape.bias or kind.bias)
         if kind.tied:
             self.lm_head.weight = self.embedding.weight
+        self.lora_a = nn.Parameter(torch.empty(LORA_RANK, hidden)) if kind.lora else None
+        self.lora_b = nn.Parameter(torch.empty(vocab, LORA_RANK)) if kind.lora else None
+        self.lm_head.requires_grad_(not kind.lora)
 
     def hidden_states(self, ids: Tensor) -> Tensor:
         """``[.., H]`` of ``ids [..]``."""
@@ -94,18 +99,29 @@ class SmallLM(nn.Module):
     def forward(self, ids: Tensor, loss_ctx: Any) -> tuple[Tensor, LossInfo]:
         """Loss of one micro-batch."""
         hidden = self.hidden_states(ids)
-        loss: tuple[Tensor, LossInfo] = loss_ctx(hidden, self.lm_head.weight, self.lm_head.bias)
+        with head_weight(self.lm_head) as head:
+            loss: tuple[Tensor, LossInfo] = loss_ctx(hidden, self.adapted(head.weight), head.bias)
         return loss
+
+    def adapted(self, weight: Any) -> Any:
+        """The head's weight and its adapter, as one dense matrix."""
+        if self.lora_a is None or self.lora_b is None:
+            return weight
+        return weight + LORA_SCALE * self.lora_b @ self.lora_a
 
 
 @torch.no_grad()
 def build_model(
-    shape: Shape, device: torch.device | str, dtype: torch.dtype | None = None, kind: Kind = PLAIN
+    shape: Shape,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    kind: Kind = PLAIN,
+    cls: type[SmallLM] = SmallLM,
 ) -> SmallLM:
     """The same weights in every process: drawn in float32 on the CPU, logits of about unit scale."""
     generator = torch.Generator().manual_seed(shape.seed)
     with torch.device("meta"):
-        model = SmallLM(shape, kind)
+        model = cls(shape, kind)
     model = model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         scale = 1.0 if name == "embedding.weight" and not kind.tied else shape.hidden_size**-0.5

@@ -120,7 +120,7 @@ def cells(row: Row, losses: Sequence[str]) -> tuple[str, ...]:
         else str(len(row.losses))
     )
     errors = (_figure(row.gradient), _figure(row.gradient64), _figure(row.values))
-    return (row.layout, str(row.ranks), ran, *errors, f"{row.verdict} {row.note}".strip())
+    return (row.layout, str(row.ranks), ran, *errors, row.note or row.verdict)
 
 
 def _figure(error: float | None) -> str:

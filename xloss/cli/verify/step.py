@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from xloss import finalize_metrics
+from xloss import LossInfo, finalize_metrics
 from xloss.cli.verify.cases import LossCase
 from xloss.cli.verify.problem import GlobalBatch, weights_move
+from xloss.distributed import sp_gather, sp_split
+Order=str
 
 STEPS = 2  # the second one shows weights, shards or gradients that are left over from the first
 Cut = tuple[tuple[int, ...], ...]
@@ -42,14 +44,15 @@ class Setup:
     """A model as a layout wraps it, and this rank's part of the batch.
 
     Args:
-        module: called as ``module(ids, loss_ctx)``.
+        module: called as ``module(ids, loss_ctx)``, unless ``call`` is given.
         cut: this rank's micro-batches.
         packed: whether they are packed, or padded rows.
         options: replaced in the loss's config.
+        sp_mesh: ranks that hold parts of each sequence, in ``sp_order``.
         before: called with ``(i, n)`` before micro-batch ``i`` of ``n``: where an engine is told when to reduce.
-        build: arguments of ``build_batches_loss_kwargs`` beside items, config and bounds.
+        data_mesh: ranks that hold distinct tokens; ``None``: all.
         gradients: how to read them.
-        group: ranks that hold distinct tokens; ``None``: all.
+        call: what to call in the place of ``module``.
     """
 
     module: nn.Module
@@ -58,9 +61,10 @@ class Setup:
     options: dict[str, Any] = field(default_factory=dict)
     before: Callable[[int, int], None] = lambda i, n: None
     sp_mesh: DeviceMesh | None = None
-    build: dict[str, Any] = field(default_factory=dict)
+    sp_order: Order = "contiguous"
+    data_mesh: DeviceMesh | None = None
     gradients: Callable[[nn.Module], dict[str, Tensor | None]] = full_gradients
-    group: dist.ProcessGroup | None = None
+    call: Callable[[Tensor, Any], tuple[Tensor, LossInfo]] | None = None
 
 
 @dataclass
@@ -94,33 +98,50 @@ def _step(setup: Setup, case: LossCase, batch: GlobalBatch) -> Outcome:
     config = case.configured(**setup.options)
     items = [case.build_item(batch, sequences, setup.packed, device, dtype) for sequences in setup.cut]
     ids = [batch.laid_out(batch.ids, sequences, setup.packed, 0).to(device) for sequences in setup.cut]
+    shapes = [each.shape for each in ids]
+    if setup.sp_mesh is not None:
+        items = [item.sp_split(setup.sp_mesh, order=setup.sp_order) for item in items]
+        ids = [sp_split(each, setup.sp_mesh, 0, order=setup.sp_order) for each in ids]
     bounds = [batch.cu_seq_lens(sequences) for sequences in setup.cut] if setup.packed else None
     context = config.loss_ctx_cls
-    built = context.build_batches_loss_kwargs(items, config, cu_seq_lens_list=bounds, **setup.build)
+    ranks = {"sp_mesh": setup.sp_mesh, "data_mesh": setup.data_mesh}
+    ranks = {n: m for n, m in ranks.items() if m is not None}
+    built = context.build_batches_loss_kwargs(items, config, cu_seq_lens_list=bounds, **ranks)
     total, scale = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     seen = torch.zeros(2, len(batch.ids), dtype=torch.float64)  # log-probs, and how many ranks saw the token
     metrics = []
     for i, loss_kwargs in enumerate(built):
         setup.before(i, len(built))
-        loss, info = setup.module(ids[i], context(config, loss_kwargs))
+        loss, info = (setup.call or setup.module)(ids[i], context(config, loss_kwargs))
         loss.backward()
         total += loss.detach().double().cpu()
         scale += (loss if info.token_loss is None else info.token_loss).detach().abs().sum().double().cpu()
         metrics.append(info.metrics)
-        logprobs = info.logprobs if info.logprobs is not None else torch.zeros(items[i].shifted_labels.shape)
-        kept = logprobs if logprobs.ndim == items[i].shifted_labels.ndim else logprobs.sum(-1)
-        batch.taken_back(kept.detach().cpu(), setup.cut[i], setup.packed, seen[0])
-        batch.taken_back(torch.ones(kept.shape), setup.cut[i], setup.packed, seen[1])
+        logprobs = _whole_logprobs(setup, info, shapes[i])
+        batch.taken_back(logprobs, setup.cut[i], setup.packed, seen[0])
+        batch.taken_back(torch.ones(shapes[i]), setup.cut[i], setup.packed, seen[1])
     numbers = _over_ranks(torch.cat([torch.stack([total, scale]), seen.flatten()]), device)
     size = dist.get_world_size() if dist.is_initialized() else 1
+    group = None if setup.data_mesh is None else setup.data_mesh.get_group()
     seen = numbers[2:].view(2, -1)
     return Outcome(
         loss=float(numbers[0]) / size,  # weights hold the number of ranks, for engines that average
         scale=float(numbers[1]) / size,
-        grads=setup.gradients(setup.module),
+        grads={name: None if g is None else g.cpu() for name, g in setup.gradients(setup.module).items()},
         logprobs=seen[0] / seen[1],  # NaN where no rank saw the token, which no comparison passes
-        metrics={name: float(value) for name, value in finalize_metrics(metrics, setup.group).items()},
+        metrics={name: float(value) for name, value in finalize_metrics(metrics, group).items()},
     )
+
+
+def _whole_logprobs(setup: Setup, info: LossInfo, shape: torch.Size) -> Tensor:
+    """Log-probs of a micro-batch in the shape of its ids, of K labels their sum."""
+    if info.logprobs is None:
+        return torch.zeros(shape)
+    found = info.logprobs.detach()
+    found = found.sum(-1) if found.ndim > len(shape) else found
+    if setup.sp_mesh is not None:
+        found = sp_gather(found, setup.sp_mesh, order=setup.sp_order, length=shape[-1])
+    return found.cpu()
 
 
 def _over_ranks(numbers: Tensor, device: torch.device) -> Tensor:

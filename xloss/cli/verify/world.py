@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from xloss.cli.spawn import Rank, RankFailed, World, launched, run_ranks
-from xloss.cli.verify import alone, data_parallel
+from xloss.cli.verify import alone, data_parallel, refused, sequence_parallel, vocab_parallel
 from xloss.cli.verify.cases import LossCase, find_cases
 from xloss.cli.verify.compare import Errors, compare
 from xloss.cli.verify.layouts import LAYOUTS, ONE, Layout, Site, in_float64, one_process
@@ -18,7 +20,7 @@ from xloss.cli.verify.problem import Shape, build_batch
 from xloss.cli.verify.step import Outcome, take_steps
 from xloss.errors import XlossError
 
-ROOMS = (alone, data_parallel)  # importing them fills the registry
+ROOMS = (alone, data_parallel, sequence_parallel, vocab_parallel, refused)  # importing them fills the registry
 Tick = Callable[[str], None]
 
 
@@ -88,6 +90,7 @@ class References:
 def run_layout(layout: Layout, cases: Sequence[LossCase], site: Site, references: References) -> list[Seen]:
     """Every loss through every variant of a layout, in this process."""
     found: list[Seen] = []
+    cases = _one_of_each(cases) if layout.refused else cases
     for variant, setup in layout.variants(site):
         for case in cases:
             if not layout.takes(case):
@@ -105,8 +108,14 @@ def run_layout(layout: Layout, cases: Sequence[LossCase], site: Site, references
     return found
 
 
+def _one_of_each(cases: Sequence[LossCase]) -> list[LossCase]:
+    """The first that couples tokens and the first that does not: refusals do not look at the formula."""
+    return [next(same) for _, same in groupby(sorted(cases, key=LossCase.coupled), key=LossCase.coupled)]
+
+
 def work(rank: Rank, task: Task) -> list[Seen]:
     """What each rank does. Tells ``(layout, None)`` as one begins, on rank 0, and ``(layout, seen)`` as it ends."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nothing writes to
     references, cases, site = References(task), task.cases(), task.site(rank)
     found: list[Seen] = []
     for name in task.layouts:

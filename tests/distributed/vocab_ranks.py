@@ -1,0 +1,134 @@
+"""What each rank does in the tests of vocabulary parallelism, and the processes that do it.
+
+Batches are built before ranks know of each other: ranks that share a vocabulary have one batch between them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from tests.property.registry import PLAIN
+from tests.property.world import VOCAB, WORLD, Case, Result
+from xloss import VocabShard
+
+SPLITS: dict[str, tuple[tuple[int, int], ...]] = {
+    "two": ((0, 7), (7, 11)),
+    "empty-middle": ((4, 11), (4, 4), (0, 4)),  # one rank has no row, and ranks are not in the order of the rows
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "auto": {"mode": "chunk", "chunk_size": 5},
+    "two_pass": {"mode": "chunk", "chunk_size": 5, "plan": "two_pass"},
+    "again": {"mode": "chunk", "chunk_size": 5, "plan": "two_pass", "logits_budget": 1},
+    "eager": {"mode": "eager"},
+}
+SOME = (
+    "policy-vanilla",
+    "policy-gspo",
+    "policy-kl_cov",
+    "preference-sigmoid",
+    "ce",
+    "soft",
+    "logprob",
+    "distill-jsd",
+    "distill-lk_hybrid",
+    "distill-cosine",
+    "distill-topk",
+    "step-everything",
+    "step-full-kl",
+)
+"""One of each kind of call of the head: what it asks for, of whom, and in which plan."""
+
+Job = Callable[[int], Callable[[], Any]]
+"""Made before there is a group (from the rank), run when there is one."""
+
+
+def pairs(split: str) -> list[tuple[str, str]]:
+    """Cases and runs: every loss once, and some in every run, except where no mode gathers a teacher."""
+    teachers = ("teacher_hidden_states", "teacher_logits", "ref_hidden_states")
+    found = [(n, "auto") for n in PLAIN if split == "two" and n not in SOME]
+    return found + [
+        (n, run) for n in SOME for run in RUNS if run != "eager" or not set(teachers) & set(PLAIN[n].fields)
+    ]
+
+
+def losses(split: str, rank: int) -> Callable[[], dict[tuple[str, str], Any]]:
+    """Losses over a split head, in float64."""
+    built = {(name, run): WORLD.build(PLAIN[name], grad_reduce="sum", **RUNS[run]) for name, run in pairs(split)}
+    return lambda: {key: step(PLAIN[key[0]], contexts, SPLITS[split], rank) for key, contexts in built.items()}
+
+
+def shard(x: dict[str, Tensor], bounds: tuple[tuple[int, int], ...], rank: int) -> VocabShard:
+    """This rank's rows of a head, leaves of their own."""
+    rows = slice(*bounds[rank])
+    weight, bias = (x[n][rows].detach().clone().requires_grad_(x[n].requires_grad) for n in ("weight", "bias"))
+    return VocabShard(weight, offset=rows.start, vocab_size=VOCAB, group=dist.group.WORLD, bias=bias)
+
+
+def step(
+    case: Case,
+    contexts: list[Any],
+    bounds: tuple[tuple[int, int], ...],
+    rank: int,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Loss, gradients and what was seen of one rank; the whole batch is one micro-batch."""
+    (args,), (more,), leaves = WORLD.inputs(case, dtype=dtype)
+    head = shard({n: leaves[n][0] for n in ("weight", "bias")}, bounds, rank)
+    for kind in ("ref", "teacher"):  # split as the student's, where the case has one
+        if f"{kind}_head_weight" in more:
+            given = {n: more.pop(f"{kind}_head_{n}") for n in ("weight", "bias")}
+            more[f"{kind}_head_weight"] = shard(given, bounds, rank)
+    return differentiate(contexts[0].forward(args[0], head, **more), args[0], head.weight, head.bias, more)
+
+
+def differentiate(
+    out: tuple[Tensor, Any], hidden: Tensor, weight: Tensor, bias: Tensor | None, more: dict[str, Any]
+) -> dict[str, Any]:
+    loss, info = out
+    if loss.ndim:
+        upstream = WORLD.lay_out("upstream", range(10), True, loss.dtype, None, WORLD.live).nan_to_num(0.0)
+        loss = (loss * upstream).sum()
+    leaves = {"weight": weight, "bias": bias, "hidden": hidden}
+    if "values" in more:
+        leaves["values"] = more["values"]
+    found = torch.autograd.grad(1.7 * loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return {"loss": loss.detach(), "grads": dict(zip(leaves, found, strict=True)), "info": info}
+
+
+def as_result(seen: Sequence[dict[str, Any]], bounds: tuple[tuple[int, int], ...]) -> Result:
+    """What all ranks saw as the result of one process: rows of the head side by side."""
+    order = sorted(range(len(bounds)), key=lambda r: bounds[r])
+    grads = dict(seen[0]["grads"])
+    for name in ("weight", "bias"):
+        grads[name] = torch.cat([seen[r]["grads"][name] for r in order])
+    for name in grads.keys() - {"weight", "bias"}:
+        grads[name] = grads[name].squeeze(0)
+    info = seen[0]["info"]
+    return Result(seen[0]["loss"], grads, [], [info], [])
+
+
+def _worker(rank: int, size: int, folder: str, makers: dict[str, Job]) -> None:
+    torch.set_num_threads(1)
+    jobs = {name: make(rank) for name, make in makers.items()}
+    limit = datetime.timedelta(seconds=60)  # ranks that disagree on their collectives fail instead of hanging
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=limit)
+    try:
+        found = {name: job() for name, job in jobs.items()}
+    finally:
+        dist.destroy_process_group()
+    Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(found))
+
+
+def spawn(folder: Path, size: int, makers: dict[str, Job]) -> list[dict[str, Any]]:
+    """What each of ``size`` ranks found, by job."""
+    mp.spawn(_worker, args=(size, str(folder), makers), nprocs=size)
+    return [pickle.loads(Path(folder, f"{rank}.pkl").read_bytes()) for rank in range(size)]
