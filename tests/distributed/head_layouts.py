@@ -22,10 +22,30 @@ BOUNDS = torch.tensor([0, 4, 10])
 GSPO = {"loss_type": "gspo", "cliprange_low": 0.2, "cliprange_high": 0.28}
 
 
+class LoraHead(nn.Module):
+    """A head in a LoRA layer with what PEFT's has, one adapter of rank 3 and scale 1.5, the base frozen."""
+
+    disable_adapters = merged = False
+    active_adapters = ("default",)
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(H, 3, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(3, V, bias=False)})
+        self.lora_dropout = nn.ModuleDict({"default": nn.Identity()})
+        self.scaling = {"default": 1.5}
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+
 class Model(nn.Module):
     """Embedding, two blocks, a norm and a head; `run` is what it does with hidden states and a context."""
 
-    def __init__(self, *, tied: bool = False, bias: bool = False) -> None:
+    lm_head: Any
+
+    def __init__(self, *, tied: bool = False, bias: bool = False, lora: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(V, H)
         self.blocks = nn.ModuleList(nn.Linear(H, H) for _ in range(2))
@@ -33,6 +53,8 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(H, V, bias=bias)
         if tied:
             self.lm_head.weight = self.embed.weight
+        if lora:
+            self.lm_head = LoraHead(self.lm_head)
         self.checkpointed = False
         self.head_of: Callable[[Model], AbstractContextManager[Any]] = lambda m: xloss.head_weight(m.lm_head)
 
@@ -42,6 +64,13 @@ class Model(nn.Module):
             x = x + torch.tanh(block(x))
         out: Tensor = self.norm(x)
         return out
+
+    def dense_head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as one whole, for an oracle."""
+        if not isinstance(self.lm_head, LoraHead):
+            return self.lm_head.weight, self.lm_head.bias
+        a, b = (x["default"].weight for x in (self.lm_head.lora_A, self.lm_head.lora_B))
+        return self.lm_head.base_layer.weight + 1.5 * b @ a, None
 
     def loss(self, hidden: Tensor, ctx: Any) -> Tensor:
         with self.head_of(self) as head:
@@ -69,13 +98,15 @@ class Layout:
     bias: bool = False
     frozen: bool = False
     checkpointed: bool = False
+    lora: bool = False
     head_dtype: torch.dtype | None = None
 
     def model(self, dtype: torch.dtype = torch.float32) -> Model:
         """The same on every rank, not yet laid out."""
         torch.manual_seed(7)
-        model = Model(tied=self.tied, bias=self.bias).to(dtype)
-        model.lm_head.requires_grad_(not self.frozen)
+        model = Model(tied=self.tied, bias=self.bias, lora=self.lora).to(dtype)
+        if self.frozen:
+            model.lm_head.requires_grad_(False)
         model.checkpointed = self.checkpointed
         return model
 
@@ -113,8 +144,12 @@ LAYOUTS = {
     "tied-reshard": Layout(TIED, reshard=True, tied=True),
     "tied-keep": Layout(TIED, reshard=False, tied=True),
     "tied-norm": Layout(("embed", *NORM), reshard=True, tied=True),
+    "ddp-lora": Layout(ddp=True, lora=True),
+    "root-lora": Layout(lora=True, root_reshard=True),
+    "norm-lora": Layout(NORM, reshard=True, lora=True),
+    "own-lora": Layout(OWN, reshard=True, lora=True),
 }
-LOSSES = ("ce", "ce-two-pass", "gspo")
+LOSSES = ("ce", "gspo")
 
 
 @dataclass
@@ -150,8 +185,7 @@ def contexts(loss: str, data: list[Data]) -> list[Any]:
             RLLossContextInputItem(shifted_labels=d.labels, advantages=d.advantages, old_logprobs=d.old) for d in data
         ]
     else:
-        plan = "two_pass" if loss == "ce-two-pass" else "auto"
-        cfg = CELossConfig(mode="chunk", chunk_size=4, plan=plan)
+        cfg = CELossConfig(mode="chunk", chunk_size=4)
         items = [CELossContextInputItem(shifted_labels=d.labels) for d in data]
     ctx_cls = cfg.loss_ctx_cls
     return [ctx_cls(cfg, k) for k in ctx_cls.build_batches_loss_kwargs(items, cfg, [BOUNDS] * len(items))]

@@ -2,7 +2,7 @@
 
 Contract: for every layout of DDP and FSDP2, gradients of every parameter (head and backbone) at every step of AdamW,
 two accumulated micro-batches a step, one rank's first one without a live token, are those of one process with the
-whole batch, by the float64 oracle; for a one-pass loss, its two-pass plan, and a loss of whole sequences. Ways to read
+whole batch, by the float64 oracle; for a one-pass loss and for one of whole sequences, which reads the head again. Ways to read
 a head that would train on something else are refused, each with a message that names the remedy.
 """
 
@@ -25,11 +25,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 import xloss
 from tests import budgets
 from tests.distributed import head_layouts as layouts
-from tests.distributed.head_layouts import BOUNDS, GSPO, LAYOUTS, LOSSES, STEPS, WORLD, Layout, Model
+from tests.distributed.head_layouts import BOUNDS, GSPO, LAYOUTS, LOSSES, STEPS, WORLD, H, Layout, Model, T
 from tests.oracle import ce, head, policies
 
 pytestmark = pytest.mark.distributed
-TWICE = ("root-reshard", "norm-reshard", "own-reshard", "own-keep")
+TWICE = ("root-reshard", "norm-reshard", "own-reshard", "own-keep", "own-lora")
 AVERAGED, REPLICATED = [Partial("avg")], [Replicate()]
 
 
@@ -99,9 +99,8 @@ def attempt(name: str, where: str, how: str, rank: int) -> Any:
                 case "inside":
                     loss = model(d.ids, ctx)
                 case "bypass":  # the module inside the wrapper is called
-                    loss = (
-                        inner(d.ids, ctx) if name == "ddp" else inner.loss(inner.blocks[0](torch.ones(1, 10, 16)), ctx)
-                    )
+                    ddp = name.startswith("ddp")
+                    loss = inner.loss(inner.hidden(d.ids) if ddp else inner.blocks[0](torch.ones(1, T, H)), ctx)
                 case _:  # after the forward
                     loss = inner.loss(model(d.ids), ctx)
             loss.backward()
@@ -114,6 +113,7 @@ ATTEMPTS = [
     ("ddp", "bypass", "head_weight"),
     ("ddp", "bypass", "weight"),
     ("ddp", "bypass", "cast"),
+    ("ddp-lora", "bypass", "head_weight"),
     ("root", "bypass", "head_weight"),
     ("own-keep", "bypass", "head_weight"),
     ("own-keep", "after", "head_weight"),
@@ -163,7 +163,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 def oracle_loss(model: Model, loss: str, step: int) -> Tensor:
     """The step's loss on one process that holds every micro-batch of every rank."""
     data = [d for rank in range(WORLD) for d in layouts.batches(rank, step)]
-    weight, bias = model.lm_head.weight, model.lm_head.bias
+    weight, bias = model.dense_head()
     if loss != "gspo":
         weights = ce.step_weights([d.labels for d in data], [BOUNDS] * len(data))
         losses = [ce.loss(model.hidden(d.ids), weight, d.labels, w, bias) for d, w in zip(data, weights, strict=True)]
@@ -245,6 +245,7 @@ REFUSED = {
     ("ddp", "bypass", "head_weight"): "DistributedDataParallel, whose forward is not running",
     ("ddp", "bypass", "weight"): "DistributedDataParallel, whose forward is not running",
     ("ddp", "bypass", "cast"): "DistributedDataParallel, whose forward is not running",
+    ("ddp-lora", "bypass", "head_weight"): "an adapter's matrix is a parameter of DistributedDataParallel",
     ("root", "bypass", "head_weight"): "forward of the module that owns it is not running",
     ("own-keep", "bypass", "head_weight"): "no forward of the sharded model is running",
     ("own-keep", "after", "head_weight"): "no forward of the sharded model is running",
