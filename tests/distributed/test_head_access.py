@@ -2,8 +2,8 @@
 
 Contract: for every layout of DDP and FSDP2, gradients of every parameter (head and backbone) at every step of AdamW,
 two accumulated micro-batches a step, one rank's first one without a live token, are those of one process with the
-whole batch, by the float64 oracle; for a one-pass loss and for one of whole sequences, which reads the head again. Ways to read
-a head that would train on something else are refused, each with a message that names the remedy.
+whole batch, by the float64 oracle; for a one-pass loss and for one of whole sequences, which reads the head again. Ways
+to read a head that would train on something else are refused, each with a message that names the remedy.
 """
 
 from __future__ import annotations
