@@ -179,10 +179,10 @@ def oracle_loss(model: Model, loss: str, step: int) -> Tensor:
     return total / sum(int(v.sum()) for v in live)
 
 
-def oracle_gradients(layout: Layout, loss: str) -> list[dict[str, Tensor | None]]:
+def oracle_gradients(layout: Layout, loss: str, lr: float = 1e-2) -> list[dict[str, Tensor | None]]:
     """Gradients at every step of the same optimizer in float64."""
     model = layout.model(torch.float64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     seen = []
     for step in range(STEPS):
         oracle_loss(model, loss, step).backward()
