@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -94,6 +94,7 @@ class Layout:
     reshard: bool | None = None
     root_reshard: bool | None = None
     ddp: bool = False
+    fsdp1: bool = False
     tied: bool = False
     bias: bool = False
     frozen: bool = False
@@ -114,6 +115,8 @@ class Layout:
         mesh = init_device_mesh("cpu", (WORLD,))
         if self.ddp:
             return DistributedDataParallel(model)
+        if self.fsdp1:
+            return self.wrap_fsdp1(model)
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         if self.unit:
@@ -124,12 +127,22 @@ class Layout:
         fully_shard(model, mesh=mesh, reshard_after_forward=self.root_reshard)
         return model
 
+    def wrap_fsdp1(self, model: Model) -> nn.Module:
+        """The same with ``FullyShardedDataParallel``."""
+        for name in ("blocks.0", "blocks.1", *self.unit):
+            parent, _, child = name.rpartition(".")
+            unit = FullyShardedDataParallel(model.get_submodule(name), **FSDP1)
+            setattr(model.get_submodule(parent), child, unit)
+        return FullyShardedDataParallel(model, **FSDP1)
 
+
+FSDP1: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
 OWN, NORM, TIED = ("lm_head",), ("norm", "lm_head"), ("embed", "lm_head")
 LAYOUTS = {
     "ddp": Layout(ddp=True),
     "ddp-tied-bias": Layout(ddp=True, tied=True, bias=True),
     "ddp-checkpoint": Layout(ddp=True, checkpointed=True),
+    "fsdp1": Layout(fsdp1=True),
     "root": Layout(),
     "root-reshard": Layout(root_reshard=True),
     "root-keep": Layout(root_reshard=False),
@@ -196,12 +209,22 @@ def whole(x: Tensor | None) -> Tensor | None:
     return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[union-attr]
 
 
+def gradients(model: nn.Module, inner: Model) -> dict[str, Tensor | None]:
+    """Whole gradients of every parameter, under the names of the model without wrappers."""
+    if not isinstance(model, FullyShardedDataParallel):
+        return {name: whole(p.grad) for name, p in inner.named_parameters()}
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        named = inner.named_parameters()
+        return {n.replace("_fsdp_wrapped_module.", ""): p.grad.clone() for n, p in named if p.grad is not None}
+
+
 def without_sync(model: nn.Module, sync: bool) -> AbstractContextManager[Any]:
     """Gradient accumulation as each engine spells it."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
         return nullcontext()
-    return nullcontext() if sync or not isinstance(model, DistributedDataParallel) else model.no_sync()
+    wrapped = isinstance(model, (DistributedDataParallel, FullyShardedDataParallel))
+    return model.no_sync() if wrapped and not sync else nullcontext()
 
 
 def train(layout: Layout, loss: str, rank: int) -> list[dict[str, Tensor | None]]:
@@ -215,7 +238,7 @@ def train(layout: Layout, loss: str, rank: int) -> list[dict[str, Tensor | None]
         for i, (d, ctx) in enumerate(zip(data, contexts(loss, data), strict=True)):
             with without_sync(model, i == MICRO - 1):
                 model(d.ids, ctx).backward()
-        seen.append({name: whole(p.grad) for name, p in inner.named_parameters()})
+        seen.append(gradients(model, inner))
         optimizer.step()
         optimizer.zero_grad()
     return seen

@@ -88,8 +88,9 @@ def read(model: Model, how: str) -> Any:
 
 def attempt(name: str, where: str, how: str, rank: int) -> Any:
     """Gradient of the head, or the message of the refusal. `where` the loss runs, `how` it reads the head."""
-    inner = LAYOUTS[name].model()
-    model = LAYOUTS[name].wrap(inner)
+    layout = Layout(("lm_head",), fsdp1=True) if name == "fsdp1-own" else LAYOUTS[name]
+    inner = layout.model()
+    model = layout.wrap(inner)
     data = layouts.batches(rank, 0)
     if how != "head_weight":
         inner.head_of = lambda m: read(m, how)
@@ -114,6 +115,8 @@ ATTEMPTS = [
     ("ddp", "bypass", "weight"),
     ("ddp", "bypass", "cast"),
     ("ddp-lora", "bypass", "head_weight"),
+    ("fsdp1", "after", "head_weight"),
+    ("fsdp1-own", "inside", "head_weight"),
     ("root", "bypass", "head_weight"),
     ("own-keep", "bypass", "head_weight"),
     ("own-keep", "after", "head_weight"),
@@ -246,6 +249,7 @@ REFUSED = {
     ("ddp", "bypass", "weight"): "DistributedDataParallel, whose forward is not running",
     ("ddp", "bypass", "cast"): "DistributedDataParallel, whose forward is not running",
     ("ddp-lora", "bypass", "head_weight"): "an adapter's matrix is a parameter of DistributedDataParallel",
+    ("fsdp1", "after", "head_weight"): "not [V, H]: it is sharded",
     ("root", "bypass", "head_weight"): "forward of the module that owns it is not running",
     ("own-keep", "bypass", "head_weight"): "no forward of the sharded model is running",
     ("own-keep", "after", "head_weight"): "no forward of the sharded model is running",
@@ -263,6 +267,11 @@ def test_refused(ranks: list[dict[Any, Any]], case: tuple[str, str, str]) -> Non
         assert isinstance(seen[case], str), "a gradient came, and it is wrong"
         assert REFUSED[case] in seen[case]
         assert "run the loss inside the model's forward, within `with xloss.head_weight(self.lm_head)" in seen[case]
+
+
+def test_fsdp1_unit_of_its_own(ranks: list[dict[Any, Any]]) -> None:
+    for seen in ranks:
+        assert "leave the head out of the wrapping policy" in seen["fsdp1-own", "inside", "head_weight"]
 
 
 def test_full_tensor_with_averaged_gradients(ranks: list[dict[Any, Any]]) -> None:

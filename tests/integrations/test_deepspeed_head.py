@@ -1,8 +1,9 @@
 """The head under ZeRO-3, two processes (gloo): DeepSpeed itself, on its CPU accelerator. Runs where it is installed.
 
 Contract: inside the engine's forward ``head_weight`` gives the gathered weight, and gradients of every parameter, head
-and backbone, are those of one process with the whole batch by the float64 oracle, for a one-pass loss and one that reads
-the weight again in backward, tied, frozen, with LoRA; step after step, with accumulation. Outside a forward it refuses.
+and backbone, are those of one process with the whole batch by the float64 oracle, for a one-pass loss and one that
+reads the weight again in backward, tied, frozen, with LoRA; step after step, with accumulation. Outside a forward it
+refuses.
 """
 
 from __future__ import annotations
