@@ -114,6 +114,8 @@ FUSED_RELATIVE = {torch.float32: 3e-6, torch.float16: 2e-3}
 DISTILL_RELATIVE = 4e-6
 """Losses and gradients of a small distillation, norm-wise: calibrated weights are float32, also in float64; in float32
 a divergence is a difference of log-probs of size up to 10, each known to 1e-6."""
+TINKER_DOOR = 1e-5  # of two passes that hand each other log-probs and weights in float32, and of sums cut elsewhere
+TINKER_PACKED = 2e-6  # a float64 model's sequences packed and alone: its norms and softmax are in float32
 FUSED_LOGPROB_NATS = 1e-5  # log-probs of float32 inputs near -10: some tens of eps
 
 # Kernels by themselves, under the interpreter: max |error| / max |value| against float64.
@@ -142,3 +144,5 @@ def kernel_logits(base: float, max_logit: float) -> float:
 
 
 F64_STEP = 5e-7  # a step in float64, relative: weights of tokens, and norms inside models, are kept in float32
+TRAINER_GRADIENT = 5e-6  # float32 gradients of two trainers on one batch: sums over layers and tokens in other orders
+TRAINER_STEPS = 5e-5  # the same after a few steps of SGD, relative to how far the weights moved from where they were

@@ -38,7 +38,7 @@ from xloss import (
     RLLossContextInputItem,
     finalize_metrics,
 )
-from xloss.distributed import agree, agree_plan
+from xloss.distributed import agree
 
 pytestmark = pytest.mark.distributed
 WORLD = 3
@@ -53,7 +53,7 @@ def join(rank: int, folder: str, seconds: int) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=seconds)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=limit
+        "gloo", init_method=f"file://{folder}/rendezvous-{seconds}", rank=rank, world_size=WORLD, timeout=limit
     )
 
 
@@ -101,7 +101,6 @@ def jobs(rank: int, mesh: Any) -> dict[str, Callable[[], object]]:
         "contexts": lambda: failing.build_contexts(
             [CELossConfig(), CELossConfig(softcap=3.0) if odd else CELossConfig()], LABELS, BOUNDS
         ),
-        "plan": lambda: agree_plan({"chunks": 2 if odd else 1}),
         "forward": lambda: (
             odd
             and LogProbConfig()
@@ -159,7 +158,7 @@ def steps(rank: int) -> dict[str, list[str]]:
 
 
 def worker(rank: int, folder: str) -> None:
-    join(rank, folder, 60)
+    join(rank, folder, 150)
     try:
         mesh, found = init_device_mesh("cpu", (WORLD,)), {}
         for name, job in jobs(rank, mesh).items():
@@ -179,7 +178,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank raised, job by job."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     start = mp.spawn(worker, args=(str(folder),), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 45  # under the group's timeout, which would end a hang
+    deadline = time.monotonic() + 120  # under the group's timeout, which would end a hang
     try:
         while not start.join(timeout=1):
             assert time.monotonic() < deadline, "the ranks hang"
@@ -237,7 +236,6 @@ DIFFER = {
     "collective": ("RankError", ["all_reduce_max of [] int64 on ranks 0, 2 and all_reduce_sum of [1] float32 on rank"]),
     "one-more": ("RankError", ["nothing more on ranks 0, 2 and all_reduce_sum of [1] float32 on rank 1"]),
     "mesh": ("OptionError", ["sp_mesh is None on ranks 0, 2 and of 3 ranks on rank 1"]),
-    "plan": ("OptionError", ["same plan of chunks; it is {'chunks': 1} on ranks 0, 2 and {'chunks': 2} on rank 1"]),
 }
 
 
@@ -270,7 +268,6 @@ def test_one_process_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_reduce", None)
     with agree.together("building batches", lambda: pytest.fail("asked for its terms")):
         pass
-    agree_plan("plan")
     with pytest.raises(ValueError, match="own") as error, agree.rank_named():
         raise ValueError("own")
     assert not hasattr(error.value, "__notes__")
@@ -304,6 +301,9 @@ def test_page_shows_what_two_ranks_print(tmp_path: Path) -> None:
 
 def train(rank: int, folder: str, how: str) -> None:
     """Steps without end, until rank 1 leaves in the middle of one."""
+    join(rank, folder, 150)  # processes may start far apart
+    dist.barrier()
+    dist.destroy_process_group()
     join(rank, folder, TIMEOUT)
     cfg = CELossConfig()
     try:
@@ -342,7 +342,7 @@ def jobs_that_lose_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
 def test_lost_rank_ends_the_others(jobs_that_lose_one: dict[str, tuple[Path, list[Any]]], how: str) -> None:
     folder, processes = jobs_that_lose_one[how]
     for rank in (0, 2):
-        processes[rank].join(timeout=TIMEOUT + 30)  # the rest is for starting on a busy machine
+        processes[rank].join(timeout=TIMEOUT + 90)  # the rest is for starting on a busy machine
         assert processes[rank].exitcode == 1, f"exit status {processes[rank].exitcode}"
         text = (folder / f"{rank}.txt").read_text()
         assert f"rank {rank} of 3 waited for the others while building batches" in text

@@ -70,7 +70,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> An
     base = {} if model_type == "gpt2" else _SMALL
     torch.manual_seed(7)
     config = AutoConfig.for_model(model_type, **{**base, **options, **overrides})
-    config._attn_implementation = "eager"
+    config._attn_implementation = "eager" if model_type == "gemma2" else "sdpa"  # Gemma 2 caps its scores too
     config._experts_implementation = "eager"  # the grouped one has no float64
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():

@@ -109,7 +109,7 @@ def test_eval_generate_and_parameters_are_those_of_before(tmp_path: Path) -> Non
     assert torch.equal(output.logits, logits) and output.loss is not None
     assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), tokens)
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(**data).logits, logits) and again.config.architectures == ["LlamaForCausalLM"]
     assert not is_attached(again)
 

@@ -25,10 +25,13 @@ _OF_THE_HEAD = (
 _OWN_DENOMINATOR = ("positive_nll_coef", "entropy_reduction", "value_loss")
 
 
-def checked(config: BaseLossConfig, framework: str, refused: Mapping[str, str] | None = None) -> ReducedLossConfig:
+def checked(
+    config: BaseLossConfig, framework: str, refused: Mapping[str, str] | None = None, *, head: bool = True
+) -> ReducedLossConfig:
     """``config``, if it can be run on log-probs and denominators that ``framework`` gives.
 
     Args:
+        head: whether the framework runs the head too.
         refused: fields that the framework has an option for, and the option.
 
     Raises:
@@ -37,7 +40,7 @@ def checked(config: BaseLossConfig, framework: str, refused: Mapping[str, str] |
     """
     if not isinstance(config, ReducedLossConfig):
         raise UnsupportedError(
-            f"{framework} gives log-probs and reduces: that takes a config with loss_reduction, such as GRPOLossConfig "
+            f"{framework} has denominators of its own: that takes a config with loss_reduction, such as GRPOLossConfig "
             f"or CELossConfig; got {type(config).__name__}"
         )
 
@@ -45,7 +48,7 @@ def checked(config: BaseLossConfig, framework: str, refused: Mapping[str, str] |
         field = type(config).model_fields.get(name)
         return field is not None and getattr(config, name) != field.default
 
-    for name in filter(is_set, _OF_THE_HEAD):
+    for name in filter(is_set, _OF_THE_HEAD if head else ()):
         raise OptionError(
             f"{name}={getattr(config, name)!r} is about the head, which is run by {framework} here; leave it out"
         )
@@ -58,39 +61,37 @@ def checked(config: BaseLossConfig, framework: str, refused: Mapping[str, str] |
             f"{name}={getattr(config, name)!r} has a denominator of its own over the global batch, which {framework} "
             "does not tell"
         )
+    correction = getattr(config, "rollout_correction", None)
+    for name in ("renormalize_rejected", "batch_normalize"):
+        if getattr(correction, name, False):
+            raise UnsupportedError(f"rollout_correction.{name} needs the whole step, of which {framework} shows a part")
     return config
 
 
-def reduced_by(config: ReducedLossConfig, reduction: str, norm_length: float | None = None) -> ReducedLossConfig:
+def reduced_by(
+    config: ReducedLossConfig, *agreed: str, run_as: str | None = None, norm_length: float | None = None
+) -> ReducedLossConfig:
     """``config`` with the reduction that the framework asks for; gradients of ranks are the framework's to weigh.
 
-    Raises ``OptionError`` where the config asks for another one.
+    Args:
+        agreed: what the framework's reduction is called here.
+        run_as: what is left to do where the framework reduces token losses itself: ``sum``.
+
+    Raises:
+        OptionError: the config asks for another one.
     """
     own = config.loss_reduction
-    if "loss_reduction" in config.model_fields_set and own != reduction:
+    if "loss_reduction" in config.model_fields_set and own not in agreed:
         raise OptionError(
-            f"the config has loss_reduction={own!r}, the framework asks for {reduction!r}; make them agree, or leave "
-            "loss_reduction out of the config"
+            f"the config has loss_reduction={own!r}, the framework reduces by {' or '.join(map(repr, agreed))}; make "
+            "them agree, or leave loss_reduction out of the config"
         )
     if config.count_empty_sequences:
         raise OptionError(
             "count_empty_sequences=True, but the framework counts the sequences; set count_empty_sequences=False"
         )
-    fields = {"loss_reduction": reduction, "norm_length": norm_length, "grad_reduce": "sum"}
+    fields = {"loss_reduction": run_as or agreed[0], "norm_length": norm_length, "grad_reduce": "sum"}
     return type(config)(**{**{n: getattr(config, n) for n in config.model_fields_set}, **fields})
-
-
-def summed(config: ReducedLossConfig) -> ReducedLossConfig:
-    """``config`` with every token of weight 1, for a framework that reduces token losses itself.
-
-    Raises ``OptionError`` where the config asks for a reduction.
-    """
-    if "loss_reduction" in config.model_fields_set and config.loss_reduction != "sum":
-        raise OptionError(
-            f"loss_reduction={config.loss_reduction!r}, but the framework reduces the loss of each token itself: set "
-            "loss_reduction='sum'"
-        )
-    return reduced_by(config.model_copy(update={"count_empty_sequences": False}), "sum")
 
 
 def local_loss(
@@ -110,18 +111,30 @@ def local_loss(
     Raises:
         MissingFieldError: the loss needs a field or a statistic that is not there.
     """
+    if cu_seq_lens is None and logprobs.shape[:-1] in ((), (1,)):
+        cu_seq_lens = torch.tensor([0, logprobs.numel()], device=logprobs.device)
+    if getattr(config, "z_loss_coef", 0.0):
+        raise MissingFieldError("z_loss_coef needs lse of each token; log-probs are all there is")
+    lse = torch.full_like(logprobs, torch.nan)  # unknown
+    with alone():
+        ctx = local_context(config, fields, cu_seq_lens)
+        return loss_from_stats(ctx, TokenStats(logprobs, lse, entropy))
+
+
+def local_context(
+    config: BaseLossConfig, fields: Mapping[str, Any], cu_seq_lens: Tensor | None = None
+) -> BaseLossContext[Any]:
+    """A context of one micro-batch, built as if that were the whole batch. Call it under ``alone``.
+
+    Raises ``MissingFieldError`` where a field that the config needs is not there.
+    """
     present = {name: value for name, value in fields.items() if value is not None}
     needed = [n for n, f in config.loss_kwargs_cls.model_fields.items() if f.is_required() and n not in present]
     if needed:
         raise MissingFieldError(f"{type(config).__name__} needs {', '.join(needed)}")
-    if cu_seq_lens is None and logprobs.shape[:-1] in ((), (1,)):
-        cu_seq_lens = torch.tensor([0, logprobs.numel()], device=logprobs.device)
-    lse = torch.full_like(logprobs, torch.nan)  # unknown
-    with alone():
-        ctx = config.build(present)
-        assert isinstance(ctx, BaseLossContext)
-        ctx.build_batches([ctx], None if cu_seq_lens is None else [cu_seq_lens])
-        return loss_from_stats(ctx, TokenStats(logprobs, lse, entropy))
+    ctx = config.build(present)
+    assert ctx is not None
+    return ctx.build_batches([ctx], None if cu_seq_lens is None else [cu_seq_lens])[0]
 
 
 def masked_labels(mask: Tensor) -> Tensor:

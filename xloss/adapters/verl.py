@@ -67,7 +67,7 @@ def policy_loss(config: GRPOLossConfig) -> Any:
             "old_logprobs": old_log_prob,
             "is_weights": rollout_is_weights,
         }
-        found = local_loss(reduced_by(ours, REDUCTIONS[loss_agg_mode], norm), fields, log_prob)
+        found = local_loss(reduced_by(ours, REDUCTIONS[loss_agg_mode], norm_length=norm), fields, log_prob)
         metrics = {
             name if "/" in name else f"actor/{name}": value.item()
             for name, value in figures(found.metrics, "verl").items()

@@ -1,7 +1,7 @@
 """Ranks and meshes: who holds which tokens, and what they exchange."""
 
 from xloss.distributed.access import Head, head_weight
-from xloss.distributed.agree import agree_plan, together
+from xloss.distributed.agree import together
 from xloss.distributed.groups import (
     Ranks,
     all_gather,
@@ -33,7 +33,6 @@ __all__ = [
     "RankSum",
     "Ranks",
     "TokenRanks",
-    "agree_plan",
     "all_gather",
     "all_gather_object",
     "all_reduce_max",

@@ -146,45 +146,20 @@ def rank_named() -> Iterator[None]:
         raise
 
 
-def agree_plan(plan: object, group: Ranks = None) -> None:
-    """Raise unless ``plan`` (its ``repr``) is the same on all ranks of ``group``, as each chunk has a collective.
-
-    One collective of fixed size. On a CPU ``OptionError`` says who has which plan. On CUDA nothing waits: the device
-    checks, and a later call fails.
-    """
-    if world_size(group) == 1:
-        return
-    device = default_device(group)
-    extremes = _extremes([digest(plan)], group)
-    if device.type == "cuda":
-        torch._assert_async(extremes[0] == -extremes[1], "the ranks of one vocabulary have different plans of chunks")
-        return
-    if extremes[0] != -extremes[1]:
-        plans = all_gather_object(str(plan), group)
-        raise OptionError(
-            f"all ranks of one vocabulary must have the same plan of chunks; it is {by_rank(plans, group)}"
-        )
-
-
 def digest(value: object) -> int:
     """48 bits of ``repr(value)``: exact in float64 and int64."""
     return int.from_bytes(sha256(repr(value).encode()).digest()[:6], "big")
 
 
-def _extremes(words: Sequence[int], group: Ranks) -> Tensor:
-    """Largest of each word over the ranks, then largest of each negative."""
-    low = [w if w == _NO_WORD else -w for w in words]
-    found = torch.tensor([*words, *low], device=default_device(group))
+def _compare(failed: bool, words: Sequence[int], group: Ranks) -> tuple[bool, bool]:
+    """Whether a rank failed, and whether two ranks' words differ: the largest and the smallest are then two."""
+    negatives = [w if w == _NO_WORD else -w for w in words]
+    found = torch.tensor([failed, *words, *negatives], dtype=torch.int64, device=default_device(group))
     for each in groups_of(group):
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=each)
-    return found
-
-
-def _compare(failed: bool, words: Sequence[int], group: Ranks) -> tuple[bool, bool]:
-    """Whether a rank failed, and whether two ranks' words differ."""
-    top, *found = _extremes([int(failed), *words], group).tolist()
-    highest, negatives = found[: len(words)], found[len(words) + 1 :]
-    return top == 1, any(high > -negative for high, negative in zip(highest, negatives, strict=True))
+    top, *rest = found.tolist()
+    extremes = zip(rest[: len(words)], rest[len(words) :], strict=True)
+    return top == 1, any(largest > -smallest for largest, smallest in extremes)
 
 
 def _verdict(doing: str, reports: Sequence[_Report], group: Ranks) -> Exception:

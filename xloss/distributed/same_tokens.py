@@ -41,7 +41,7 @@ def check_same_tokens(
     found = all_gather(mine, group)
     same = _same(found)
     if device.type == "cuda" and group.group_name in _SEEN:
-        torch._assert_async(same.all(), f"ranks that share a vocabulary differ ({MISUSE})")
+        torch._assert_async(same.all(), f"ranks that share head_weight differ ({MISUSE})")
         return
     _SEEN.add(group.group_name)
     if bool(same.all()):
@@ -51,14 +51,14 @@ def check_same_tokens(
     what = [w for w, ok in zip(("calls", "labels", "hidden states"), same.tolist(), strict=True) if not ok]
     details = "; ".join(f"{name} by rank: {', '.join(map(str, values))}" for name, values in told.items())
     raise UnsupportedError(
-        f"head_weight is split over {dist.get_world_size(group)} ranks as a vocabulary, but their {', '.join(what)} "
+        f"head_weight is shared by {dist.get_world_size(group)} ranks, by its placement, but their {', '.join(what)} "
         f"differ{f' ({details})' if details else ''}: {MISUSE}"
     )
 
 
 MISUSE = (
-    "ranks that share a vocabulary must have the same tokens and make the same call. If the weight is an FSDP "
-    "parameter, whose ranks have tokens of their own, take it inside xloss.head_weight(module)"
+    "ranks among which a head is split by rows, or replicated, must have the same tokens and make the same call. If "
+    "the weight is FSDP's, whose ranks have tokens of their own, take it inside xloss.head_weight(module)"
 )
 
 

@@ -18,7 +18,7 @@ def live_stats(inputs: HeadInputs, options: HeadOptions, rows: LiveRows) -> tupl
     """Statistics of live rows, in live order, and their transformed logits ``[num_live, V]``."""
     z = _logits(inputs, options, rows, 0, rows.num_live)
     found = _divergence(z, inputs.teacher, rows) if inputs.teacher is not None else None
-    return _token_stats(z, rows.take(inputs.labels, 0, rows.num_live), options, found), z
+    return stats_of_logits(z, rows.take(inputs.labels, 0, rows.num_live), options, found), z
 
 
 def _divergence(z: Tensor, teacher: Teacher, rows: LiveRows) -> Tensor:
@@ -54,7 +54,7 @@ def _logits(inputs: HeadInputs, options: HeadOptions, rows: LiveRows, start: int
     return z / (temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature)
 
 
-def _token_stats(z: Tensor, labels: Tensor, options: HeadOptions, found: Tensor | None) -> TokenStats:
+def stats_of_logits(z: Tensor, labels: Tensor, options: HeadOptions, found: Tensor | None = None) -> TokenStats:
     """Statistics of transformed logits ``[T, V]`` at labels ``[T]`` or ``[T, K]``, by autograd; ``found`` beside."""
     spec = options.stats
     logp = torch.log_softmax(z, dim=1)

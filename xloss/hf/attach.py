@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from xloss.distributed import head_weight
 from xloss.errors import OptionError, UnsupportedError
 from xloss.hf.labels import label_context
 from xloss.hf.transform import LogitTransform, check_forward, logit_transform, output_head, swapped, with_transform
@@ -42,13 +43,14 @@ class _Attached:
 def attach(model: Model, config: CELossConfig | None = None) -> Model:
     """Give the model's ``forward`` a ``loss_ctx`` and, in training, a cross-entropy of ``labels`` without logits.
 
-    - ``model(**inputs, loss_ctx=ctx)`` returns the output of that forward with ``loss``, ``logprobs``, ``entropy``,
-      ``metrics`` and ``info`` of ``ctx`` (a ``LossInfo``), and ``logits=None``.
+    - ``model(**inputs, loss_ctx=ctx)`` returns the output of that forward with ``logprobs``, ``entropy``, ``metrics``
+      and ``info`` of ``ctx`` (a ``LossInfo``), and ``logits=None``. ``ctx_loss`` is the loss of ``ctx``, and ``loss``
+      that with the model's auxiliary losses.
     - ``model(**inputs, labels=labels)`` in training mode does so with ``config``: ``sum / num_items_in_batch`` where
       that is given, else the mean over valid tokens.
     - Without either, and with ``labels`` in eval mode, it is the forward of before.
 
-    The model's scale and cap of the logits go into the config of each context. An auxiliary loss of the model is added.
+    The model's scale and cap of the logits go into the config of each context.
     Parameters, buffers and their names stay. ``model`` is changed in place; attach before DDP and FSDP. Attaching again
     replaces ``config``.
 
@@ -151,7 +153,8 @@ def _forward_with(state: _Attached) -> Forward:
         inputs |= inputs.pop(rest, {}) if rest else {}
         labels = inputs.get("labels")
         if loss_ctx is None:
-            if not self.training or (labels is None and inputs.get("shift_labels") is None):
+            unlabelled = labels is None and inputs.get("shift_labels") is None
+            if not self.training or unlabelled or inputs.get("fused_lm_head"):  # the last is TRL's own head
                 return state.forward(self, *args, **kwargs)
             _check_labels_path(self, state, inputs)
             loss_ctx = label_context(state.config, labels, inputs)
@@ -212,7 +215,8 @@ def _run(model: nn.Module, state: _Attached, ctx: BaseLossContext[Any], inputs: 
     losses: list[Tensor] = []
 
     def head_forward(hidden: Tensor) -> Tensor:
-        loss, info = ctx.forward(hidden, head.weight, head.bias)
+        with head_weight(head) as (weight, bias):
+            loss, info = ctx.forward(hidden, weight, bias)
         infos.append(info)
         return loss.reshape(1, 1, 1)  # in the place of logits [B, S, V]
 
@@ -222,7 +226,7 @@ def _run(model: nn.Module, state: _Attached, ctx: BaseLossContext[Any], inputs: 
     def loss_function(*args: Any, **kwargs: Any) -> Tensor:
         if len(losses) != 1:
             raise UnsupportedError(f"{type(model).__name__} called its head {len(losses)} times in one forward")
-        return losses[0]
+        return losses[0].clone()  # models add their auxiliary losses to it in place
 
     handle = head.register_forward_hook(after_hooks)
     inputs = {**inputs, "labels": ctx.loss_kwargs.shifted_labels, "return_dict": True}
@@ -231,20 +235,27 @@ def _run(model: nn.Module, state: _Attached, ctx: BaseLossContext[Any], inputs: 
             output = state.forward(model, **inputs)
     finally:
         handle.remove()
-    return _output(output, infos[0])
+    return _output(output, losses[0], infos[0])
 
 
 @functools.lru_cache(maxsize=32)
 def _output_class(theirs: type) -> type:
     """The model's own output class with the fields of a loss."""
-    names = ("logprobs", "entropy", "metrics", "info")
+    names = ("ctx_loss", "logprobs", "entropy", "metrics", "info")
     own = {f.name for f in fields(theirs)}
     added = [(name, Any, field(default=None)) for name in names if name not in own]
     return make_dataclass(f"Loss{theirs.__name__}", added, bases=(theirs,))
 
 
-def _output(output: Any, info: LossInfo) -> Any:
+def _output(output: Any, loss: Tensor, info: LossInfo) -> Any:
     own = {f.name: getattr(output, f.name) for f in fields(output)}
-    found = {"logits": info.logits, "logprobs": info.logprobs, "entropy": info.entropy, "info": info}
+    found = {
+        "ctx_loss": loss,
+        "logits": info.logits,
+        "logprobs": info.logprobs,
+        "entropy": info.entropy,
+        "metrics": info.metrics,
+        "info": info,
+    }
     theirs: Any = type(output)
-    return _output_class(theirs)(**{**own, **found, "metrics": info.metrics})
+    return _output_class(theirs)(**{**own, **found})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,18 @@ def load(path: str, device: torch.device) -> dict[str, Any]:
     """What ``save`` wrote. Raises ``OptionError`` where there is no such file."""
     found: dict[str, Any] = torch.load(_there(path), map_location=device, weights_only=True)
     return found
+
+
+def new_run(folder: Path) -> Path:
+    """A folder that no other run has, ``folder/run-<number>``, made."""
+    for number in count():
+        run = folder / f"run-{number}"
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return run
+    raise AssertionError
 
 
 def metadata(path: str) -> dict[str, str]:

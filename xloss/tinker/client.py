@@ -109,7 +109,7 @@ class TrainingClient(AsyncCalls, Ready):
         """A loss of your own, ``loss_fn(data, logprobs) -> (loss, metrics)``; its gradient is added as above.
 
         The model runs forward once and backward once. Of the head, only its logits are formed again for the backward
-        pass, and not even those that fit ``logits_budget``.
+        pass, and not even those that fit ``logits_budget``, here by default 1 GiB on a CPU and 2 GiB on CUDA.
 
         Args:
             data: as above; ``loss_fn_inputs`` other than ``target_tokens`` are for the function alone.

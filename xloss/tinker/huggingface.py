@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xloss.errors import OptionError, UnsupportedError
+from xloss.hf.transform import logit_transform, output_head
 from xloss.tinker.model import LanguageModel
 
 
@@ -28,21 +29,17 @@ def from_transformers(model: Any, tokenizer: Any = None, *, name: str | None = N
         between the head and the logits, or an adapter is on the head.
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     backbone = getattr(inner, getattr(inner, "base_model_prefix", ""), None)
-    if head is None or backbone is None:
-        raise OptionError(
-            f"model must be a causal LM of transformers, a backbone and a head; got {type(model).__name__}"
-        )
-    config = inner.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    if backbone is None or not hasattr(inner, "get_output_embeddings"):
+        raise OptionError(f"model must be a causal LM of transformers, backbone and head; got {type(model).__name__}")
+    transform, config = logit_transform(inner), inner.config.get_text_config()
     eos = getattr(tokenizer, "eos_token_id", None)
     eos = config.eos_token_id if eos is None else eos
     made = _CausalLM(
         backbone,
-        head,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        logit_scale=float(scale),
+        output_head(inner),
+        softcap=transform.softcap,
+        logit_scale=transform.logit_scale,
         tokenizer=tokenizer,
         name=name or getattr(inner.config, "_name_or_path", "") or type(inner).__name__,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),

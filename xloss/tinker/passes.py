@@ -22,6 +22,9 @@ from xloss.tinker.packs import IGNORE, Pack
 CustomLoss = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
 
+_CUSTOM_CPU_BUDGET = 1 << 30
+
+
 @dataclass(frozen=True)
 class Engine:
     """How the client runs the head.
@@ -35,6 +38,13 @@ class Engine:
     chunk_size: int | None = None
     logits_budget: int | None = None
     all_logprobs: bool = True
+
+    def custom_fields(self, model: LanguageModel) -> dict[str, Any]:
+        """``fields`` for a custom loss, whose logits are better kept than formed again: on a CPU up to 1 GiB."""
+        found = self.fields(model)
+        if self.logits_budget is None and self.mode != "eager" and model.device.type == "cpu":
+            found["logits_budget"] = _CUSTOM_CPU_BUDGET
+        return found
 
     def fields(self, model: LanguageModel) -> dict[str, Any]:
         """As a config or ``linear_logprobs`` takes them, with what stands between the head and its logits."""
@@ -112,7 +122,7 @@ def run_custom(model: LanguageModel, engine: Engine, packs: list[Pack], data: Se
             model.head.weight,
             pack.targets,
             model.head.bias,
-            **engine.fields(model),
+            **engine.custom_fields(model),
         ).logprobs
         for pack in packs
     ]

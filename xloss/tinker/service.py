@@ -21,7 +21,7 @@ class ServiceClient(Ready):
     Args:
         make_model: ``make_model(base_model, lora_rank)`` gives the model of that name, with adapters of that rank, or
             without any for ``None`` (a sampler of the base model).
-        checkpoint_dir: as in ``TrainingClient``.
+        checkpoint_dir: where each client has a folder of its own, ``run-0``, ``run-1``, ...; ``None``: saving raises.
         client_options: further arguments of each ``TrainingClient``.
     """
 
@@ -33,12 +33,18 @@ class ServiceClient(Ready):
         **client_options: Any,
     ) -> None:
         self._make_model = make_model
-        self._options = {"checkpoint_dir": checkpoint_dir, **client_options}
+        self._folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self._options = client_options
 
-    def _client(self, base_model: str, rank: int | None, user_metadata: dict[str, str] | None = None) -> TrainingClient:
+    def _client(
+        self, base_model: str, rank: int | None, user_metadata: dict[str, str] | None = None, trains: bool = True
+    ) -> TrainingClient:
         model = self._make_model(base_model, rank)
         model.name = base_model
-        return TrainingClient(model, lora_rank=rank, user_metadata=user_metadata, **self._options)
+        folder = checkpoints.new_run(self._folder) if trains and self._folder is not None else None
+        return TrainingClient(
+            model, lora_rank=rank, user_metadata=user_metadata, checkpoint_dir=folder, **self._options
+        )
 
     def create_lora_training_client(
         self, base_model: str, rank: int = 32, *, user_metadata: dict[str, str] | None = None
@@ -65,10 +71,10 @@ class ServiceClient(Ready):
     def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None) -> SamplingClient:
         """A sampler of saved weights, or of a base model. Raises ``OptionError`` unless one is given."""
         if model_path is not None:
-            return self._client(*checkpoints.origin(model_path)).create_sampling_client(model_path)
+            return self._client(*checkpoints.origin(model_path), trains=False).create_sampling_client(model_path)
         if base_model is None:
             raise OptionError("give model_path or base_model")
-        return self._client(base_model, None).save_weights_and_get_sampling_client(kind="inflight")
+        return self._client(base_model, None, trains=False).save_weights_and_get_sampling_client(kind="inflight")
 
     def create_rest_client(self) -> RestClient:
         """Looks into checkpoints and deletes them."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xloss import CELossContext
+from xloss import CELossContext, head_weight
 
 NUM_HEADS = 4
 NUM_BLOCKS = 2
@@ -89,5 +89,6 @@ class SplitLM(nn.Module):
         hidden = self.embedding(ids) + self.position(positions)
         for block in self.blocks:
             hidden = block(hidden, positions, sp_group)
-        loss, _ = loss_ctx.forward(self.norm(hidden), self.lm_head.weight)
+        with head_weight(self.lm_head) as head:
+            loss, _ = loss_ctx.forward(self.norm(hidden), *head)
         return loss
