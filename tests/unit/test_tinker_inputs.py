@@ -67,6 +67,19 @@ def test_log_probs_of_dead_tokens_on_request_only() -> None:
     same(a["logprobs"][4:], b["logprobs"][4:])
 
 
+def test_temperatures_are_in_every_log_prob() -> None:
+    """Those of tokens that the loss leaves out too."""
+    client, data = client_of(), supervised((6,))
+    temperature = torch.linspace(0.5, 2, 6).double()
+    data[0].loss_fn_inputs["weights"][:3] = 0
+    data[0].loss_fn_inputs["temperature"] = temperature
+    (out,) = client.forward(data, "cross_entropy").result().loss_fn_outputs
+    n = torch.arange(6)
+    hidden = client.model(data[0].model_input[None], n[None], torch.tensor([0, 6]))[0]
+    dense = (hidden @ client.model.head.weight.T / temperature[:, None]).log_softmax(-1)
+    same(out["logprobs"], dense[n, data[0].loss_fn_inputs["target_tokens"]].detach())
+
+
 def _with(tokens: Any = None, **inputs: Any) -> list[Datum]:
     """A good rollout of 3 tokens with some inputs replaced; ``None`` takes one out."""
     (datum,) = rollouts((3,))
