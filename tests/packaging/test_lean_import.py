@@ -57,7 +57,7 @@ import warnings
 import torch, pydantic
 warnings.simplefilter("error")
 import xloss
-heavy = ("triton", "xloss_kernels", "matplotlib", "cyclopts", "rich", "hypothesis", "pytest")
+heavy = ("triton", "xloss_kernels", "transformers", "trl", "matplotlib", "cyclopts", "rich", "hypothesis", "pytest")
 taken = [name for name in heavy if name in sys.modules]
 assert not taken, taken
 assert "xloss.cli" not in sys.modules

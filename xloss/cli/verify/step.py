@@ -16,7 +16,8 @@ from xloss import LossInfo, finalize_metrics
 from xloss.cli.verify.cases import LossCase
 from xloss.cli.verify.problem import GlobalBatch, weights_move
 from xloss.distributed import sp_gather, sp_split
-Order=str
+
+Order = str
 
 STEPS = 2  # the second one shows weights, shards or gradients that are left over from the first
 Cut = tuple[tuple[int, ...], ...]
