@@ -62,7 +62,7 @@ def compare(name: str) -> float:
 
 
 COMPARISONS = [
-    Comparison("xloss.hf.attach", "transformers", f"forward and backward of {name}", partial(compare, name))
+    Comparison("xloss.hf.attach", "transformers", f"forward and backward, {name}", partial(compare, name))
     for name in ARCHITECTURES
 ]
 

@@ -104,7 +104,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulation 2, checkpointing": {"rows_at_once": 2, "accumulation": 2, "gradient_checkpointing": True},
 }
 COMPARISONS = [
-    Comparison("xloss.hf.attach", "transformers", f"Trainer, 4 steps, {name}", partial(compare, **options))
+    Comparison("xloss.hf.attach", "transformers", f"4 steps of Trainer, {name}", partial(compare, **options))
     for name, options in RUNS.items()
 ]
 

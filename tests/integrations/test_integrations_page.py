@@ -1,0 +1,39 @@
+"""Contract: every Python block of ``docs/integrations.md`` runs as printed, section by section, and its table says what
+``report.json`` holds, which names every comparison.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.docs.test_readme_and_docs import blocks, run_page
+from tests.integrations import report
+from tests.integrations.packages import find_missing
+from tests.integrations.page import PAGE, SHARED, Section, between, sections
+
+SNIPPETS = [section for section in sections() if blocks(section.text) and section.title != SHARED]
+
+
+@pytest.mark.parametrize("section", SNIPPETS, ids=lambda s: s.title)
+def test_section_runs_as_printed(section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the section that all share, in a namespace and a folder of its own."""
+    missing = find_missing(*section.needs)
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    (shared,) = (s for s in sections() if s.title == SHARED)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    run_page((shared.text if "transformers" in section.needs else "") + section.text, f"{PAGE}#{section.title}")
+
+
+def test_the_table_is_what_was_measured() -> None:
+    assert between(report.MARK) == report.table(report.stored())
+
+
+def test_every_difference_is_rounding() -> None:
+    assert report.stored()
+    for row in report.stored():
+        assert row.difference <= 1e-4, row
