@@ -147,4 +147,5 @@ def difference(layout: str) -> float:
     return worst(both[f"{layout}/xloss"], both[f"{layout}/torchtitan"])
 
 
-COMPARISONS = [Comparison("torchtitan", "torchtitan", f"FSDP2, 2 ranks, {x}", partial(difference, x)) for x in LAYOUTS]
+ADAPTER = "xloss.adapters.torchtitan"
+COMPARISONS = [Comparison(ADAPTER, "torchtitan", f"FSDP2 on 2 ranks, {x}", partial(difference, x)) for x in LAYOUTS]
