@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from tests import budgets
+from tests.docs.test_readme_and_docs import run_page
 from tests.golden import records
 from tests.golden.test_nemo import correction_of, kl_of, policy_of
 from tests.integrations.nemo_protocol import LossInputType, LossType, MetricNormalizer, call, in_token_frame, nemo_rl
+from tests.integrations.page import sections
 from xloss import CELossConfig, GRPOLossConfig, PreferenceLossConfig, preset
 from xloss.adapters.nemo_rl import NemoLoss
 from xloss.errors import MissingFieldError, OptionError, ShapeError, UnsupportedError
@@ -266,3 +268,8 @@ def test_batches_that_lack_something_raise() -> None:
         call(loss_fn, {k: v for k, v in data.items() if k != "reference_policy_logprobs"}, logits)
     with pytest.raises(UnsupportedError, match="top-k or top-p"):
         call(loss_fn, data | {"curr_logprobs_keep_mask": torch.ones(4, 6)}, logits)
+
+
+def test_the_lines_of_the_page_run() -> None:
+    (section,) = (s for s in sections() if s.title == "NeMo RL")
+    run_page(section.text, "integrations#NeMo RL")

@@ -5,7 +5,9 @@ are restated here from its documentation, and its numbers come from ``tests/gold
 
 from __future__ import annotations
 
+import re
 import sys
+import tomllib
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
@@ -18,6 +20,7 @@ from torch import Tensor
 from tests import budgets
 from tests.golden import records
 from tests.golden.test_prime import PLAIN, policy_of
+from tests.integrations.page import sections
 from xloss.adapters import prime_rl as adapter
 from xloss.errors import MissingFieldError, OptionError, UnsupportedError
 
@@ -126,3 +129,13 @@ def test_a_sequence_without_tokens_is_zero() -> None:
 def test_what_is_not_there_raises(fields: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         adapter.loss(one(), **fields)
+
+
+def test_the_toml_of_the_page_is_read() -> None:
+    (section,) = (s for s in sections() if s.title == "prime-rl")
+    (text,) = re.findall(r"```toml\n(.*?)```", section.text, re.DOTALL)
+    given = tomllib.loads(text)["trainer"]["loss"]
+    module, _, name = given["import_path"].rpartition(".")
+    assert getattr(sys.modules[module], name) is adapter.loss
+    out = adapter.loss(one(), **given["kwargs"])
+    assert out.loss.isfinite()

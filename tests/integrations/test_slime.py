@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.docs.test_readme_and_docs import run_page
 from tests.golden import records
 from tests.golden.test_slime import CASES, GLOBAL_BATCH, step_of
+from tests.integrations.page import sections
 from xloss import CELossConfig, GRPOLossConfig, preset
 from xloss.adapters import slime as adapter
 from xloss.errors import OptionError, UnsupportedError
@@ -178,3 +180,8 @@ def test_parts_of_responses_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "get_log_probs_and_entropy", half)
     with pytest.raises(UnsupportedError, match="context parallelism"):
         run(preset("slime/grpo"), POLICY[0])
+
+
+def test_the_lines_of_the_page_run() -> None:
+    (section,) = (s for s in sections() if s.title == "slime")
+    run_page(section.text, "integrations#slime")

@@ -114,6 +114,7 @@ def dapo_difference() -> float:
 
 
 CHUNKED_CE = "ChunkedLossWrapper(CrossEntropyLoss)"
+ADAPTER = "xloss.adapters.torchtitan"
 COMPARISONS = [
     *(
         Comparison(
@@ -124,7 +125,7 @@ COMPARISONS = [
         )
         for mode in ("chunk", "eager")
     ),
-    Comparison("torchtitan", "torchtitan", "ChunkedLossWrapper(DAPOLoss)", dapo_difference),
+    Comparison(ADAPTER, "torchtitan", "ChunkedLossWrapper(DAPOLoss)", dapo_difference),
 ]
 
 

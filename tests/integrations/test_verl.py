@@ -232,12 +232,13 @@ def loss_difference(mode: str) -> float:
     return worst({"log_prob": mine[1]}, {"log_prob": theirs[1]})
 
 
+ADAPTER = "xloss.adapters.verl"
 COMPARISONS = [
     *(
-        Comparison("verl", "verl", f"loss_mode {mode}, float64", partial(loss_difference, mode))
+        Comparison(ADAPTER, "verl", f"loss_mode in float64, {mode}", partial(loss_difference, mode))
         for mode in [*MODES, "sapo"]
     ),
-    Comparison("verl", "verl", "use_fused_kernels, tiny Llama, float32", head_difference),
+    Comparison(ADAPTER, "verl", "use_fused_kernels on a tiny Llama in float32", head_difference),
 ]
 
 
