@@ -57,9 +57,8 @@ import warnings
 import torch, pydantic
 warnings.simplefilter("error")
 import xloss
-heavy = (
-    "triton", "xloss_kernels", "transformers", "trl", "tinker", "matplotlib", "cyclopts", "rich", "hypothesis", "pytest",
-)
+heavy = ("triton", "xloss_kernels", "matplotlib", "cyclopts", "rich", "hypothesis", "pytest")
+heavy += ("transformers", "trl", "tinker")
 taken = [name for name in heavy if name in sys.modules]
 assert not taken, taken
 assert not {"xloss.cli", "xloss.tinker"} & set(sys.modules)
