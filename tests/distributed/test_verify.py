@@ -59,6 +59,32 @@ def test_too_few_processes_is_skipped_and_not_passed() -> None:
     assert (row["verdict"], row["note"], status) == ("skipped", "needs 2 processes", 1)
 
 
+BREAKS_ON_A_RANK = """
+import torch.distributed as dist
+from xloss import CELossConfig, CELossContext
+
+
+class Context(CELossContext):
+    def token_loss(self, stats, loss_kwargs):
+        if dist.is_initialized() and dist.get_rank() == 1:
+            raise RuntimeError("not on this rank")
+        return super().token_loss(stats, loss_kwargs)
+
+
+class Config(CELossConfig):
+    loss_ctx_cls = property(lambda self: Context)
+"""
+
+
+def test_a_rank_that_raises_fails_its_layout_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "breaks_on_a_rank.py").write_text(BREAKS_ON_A_RANK)
+    monkeypatch.chdir(tmp_path)
+    status, out = run("verify --loss breaks_on_a_rank:Config --layouts eager ddp fsdp2-root --json")
+    found = {name: (row["verdict"], row["failures"]) for name, row in rows(json.loads(out)).items()}
+    raised = ("FAIL", ["rank 1 raised RuntimeError: not on this rank"])
+    assert (status, found) == (1, {"eager": ("PASS", []), "ddp": raised, "fsdp2-root": raised})
+
+
 # -- planted bugs ------------------------------------------------------------------------------------------------------
 
 
