@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from xloss.distributed import Order, TokenRanks
 from xloss.errors import MissingFieldError, OptionError, UnsupportedError
-from xloss.losses import calibration
-from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss
 from xloss.losses.config import BaseLossConfig
-from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
+from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken, require
 from xloss.metrics import Metric
 from xloss.stats import TokenStats
 
@@ -80,7 +80,11 @@ class NemoLossConfig(BaseLossConfig):
         return NemoContext if _INPUTS[self.takes] == "logprob" else NemoLogitContext
 
     def build(
-        self, data: Any, sp_mesh: DeviceMesh | None = None, device: torch.device | str | None = None
+        self,
+        data: Any,
+        sp_mesh: DeviceMesh | None = None,
+        device: torch.device | str | None = None,
+        sp_order: Order = "contiguous",
     ) -> BaseLossContext[Any]:
         """A context of one micro-batch from NeMo RL's ``data``, to be calibrated by ``build_batches``.
 
@@ -105,12 +109,14 @@ class NemoKwargs(BaseLossKwargs):
     Args:
         data: as it is. places: of the tokens in their rows.
         global_valid_seqs, global_valid_toks: of the global batch, 0-d.
+        gradient_factor: on the loss, for what the training engine does to gradients, 0-d.
     """
 
     data: Any
     places: Annotated[Tensor, PerToken(pad=0)]
     global_valid_seqs: Annotated[Tensor | None, PerBatch()] = None
     global_valid_toks: Annotated[Tensor | None, PerBatch()] = None
+    gradient_factor: Annotated[Tensor | None, PerBatch()] = None
 
     def to(self, device: torch.device | str) -> Self:
         self.data = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.data.items()}
@@ -129,14 +135,16 @@ class NemoContext(BaseLossContext[BaseLossContextInputItem]):
         kwargs_list: list[Any],
         loss_cfg: Any,
         cu_seq_lens_list: Sequence[Tensor] | None,
-        sp_mesh: DeviceMesh | None,
+        ranks: TokenRanks,
     ) -> None:
         if cu_seq_lens_list is not None:
             raise UnsupportedError("cu_seq_lens_list: functions for NeMo RL take rows, one sequence each")
-        toks = calibration.global_sum([kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in kwargs_list])
-        seqs = calibration.global_sum([kwargs.data["sample_mask"] for kwargs in kwargs_list])
+        toks = ranks.sum([kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in kwargs_list])
+        seqs = ranks.sum([kwargs.data["sample_mask"] for kwargs in kwargs_list])
+        factor = ranks.gradient_factor(loss_cfg.grad_reduce)
         for kwargs in kwargs_list:
-            kwargs.global_valid_toks, kwargs.global_valid_seqs = toks, seqs
+            kwargs.global_valid_toks, kwargs.global_valid_seqs = toks.divisor(), seqs.divisor()
+            kwargs.gradient_factor = torch.full_like(kwargs.global_valid_toks, factor)
 
     def check_ready(self) -> None:
         require(
@@ -158,7 +166,7 @@ class NemoContext(BaseLossContext[BaseLossContextInputItem]):
         if not isinstance(loss, Tensor) or loss.ndim:
             raise OptionError("nemo_loss must return (loss, metrics) with a 0-d loss")
         found = {name: _metric(name, value, loss) for name, value in metrics.items()}
-        return loss * calibration.gradient_factor(cfg.grad_reduce), found
+        return loss * kw.gradient_factor, found
 
 
 class NemoLogitContext(NemoContext):
