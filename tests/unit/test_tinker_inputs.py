@@ -117,6 +117,7 @@ def _with(tokens: Any = None, **inputs: Any) -> list[Datum]:
         (_with(clip_low_threshold=[1.0] * 3), "ppo", None, OptionError, "loss_fn_config"),
         (_with(mask=[0.5] * 3), "ppo", None, OptionError, "0 and 1"),
         (_with() + _with(ref_logprobs=[0.0] * 3), "ppo", None, MissingFieldError, "others have it"),
+        (_with(), "kimi", {"kl": 0.0}, OptionError, "no use for kl"),
         (_with(), "pppo", None, OptionError, "Did you mean 'ppo'"),
         (_with(), len, None, OptionError, "forward_backward_custom"),
         (_with(), "stable_reinforce", None, UnsupportedError, "not public"),
@@ -139,6 +140,16 @@ def test_bad_input_raises(data: Any, loss_fn: Any, config: Any, error: type[Exce
     with pytest.raises(error, match=says):
         client.forward_backward(data, loss_fn, config)
     assert all(p.grad is None for p in client.model.parameters())
+
+
+def test_an_input_is_in_all_sequences_or_in_none() -> None:
+    """In whatever pack they are; a mask may be in some."""
+    client, data = client_of(max_pack_tokens=3), rollouts((3, 3, 3))
+    data[0].loss_fn_inputs["mask"] = torch.tensor([0, 1, 1])
+    client.forward(data, "ppo")
+    data[2].loss_fn_inputs["old_logprobs"] = torch.zeros(3)
+    with pytest.raises(MissingFieldError, match=r"data\[0\] has no old_logprobs"):
+        client.forward(data, "ppo")
 
 
 def test_losses_of_several_sequences_want_one_pack() -> None:
