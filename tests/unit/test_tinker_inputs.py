@@ -174,6 +174,12 @@ def test_bad_clients_raise(arguments: dict[str, Any], error: type[Exception], sa
         TrainingClient(**{"model": attention_model()} | arguments)
 
 
+def test_several_processes_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xloss.distributed.world_size", lambda: 2)
+    with pytest.raises(UnsupportedError, match="one process"):
+        client_of()
+
+
 def test_a_head_that_is_not_its_weight_raises() -> None:
     with pytest.raises(UnsupportedError, match=r"must be an nn\.Linear; got Sequential"):
         LanguageModel(nn.Identity(), nn.Sequential(nn.Linear(2, 3)))
