@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -22,10 +22,30 @@ BOUNDS = torch.tensor([0, 4, 10])
 GSPO = {"loss_type": "gspo", "cliprange_low": 0.2, "cliprange_high": 0.28}
 
 
+class LoraHead(nn.Module):
+    """A head in a LoRA layer with what PEFT's has, one adapter of rank 3 and scale 1.5, the base frozen."""
+
+    disable_adapters = merged = False
+    active_adapters = ("default",)
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(H, 3, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(3, V, bias=False)})
+        self.lora_dropout = nn.ModuleDict({"default": nn.Identity()})
+        self.scaling = {"default": 1.5}
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+
 class Model(nn.Module):
     """Embedding, two blocks, a norm and a head; `run` is what it does with hidden states and a context."""
 
-    def __init__(self, *, tied: bool = False, bias: bool = False) -> None:
+    lm_head: Any
+
+    def __init__(self, *, tied: bool = False, bias: bool = False, lora: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(V, H)
         self.blocks = nn.ModuleList(nn.Linear(H, H) for _ in range(2))
@@ -33,6 +53,8 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(H, V, bias=bias)
         if tied:
             self.lm_head.weight = self.embed.weight
+        if lora:
+            self.lm_head = LoraHead(self.lm_head)
         self.checkpointed = False
         self.head_of: Callable[[Model], AbstractContextManager[Any]] = lambda m: xloss.head_weight(m.lm_head)
 
@@ -42,6 +64,13 @@ class Model(nn.Module):
             x = x + torch.tanh(block(x))
         out: Tensor = self.norm(x)
         return out
+
+    def dense_head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as one whole, for an oracle."""
+        if not isinstance(self.lm_head, LoraHead):
+            return self.lm_head.weight, self.lm_head.bias
+        a, b = (x["default"].weight for x in (self.lm_head.lora_A, self.lm_head.lora_B))
+        return self.lm_head.base_layer.weight + 1.5 * b @ a, None
 
     def loss(self, hidden: Tensor, ctx: Any) -> Tensor:
         with self.head_of(self) as head:
@@ -65,17 +94,20 @@ class Layout:
     reshard: bool | None = None
     root_reshard: bool | None = None
     ddp: bool = False
+    fsdp1: bool = False
     tied: bool = False
     bias: bool = False
     frozen: bool = False
     checkpointed: bool = False
+    lora: bool = False
     head_dtype: torch.dtype | None = None
 
     def model(self, dtype: torch.dtype = torch.float32) -> Model:
         """The same on every rank, not yet laid out."""
         torch.manual_seed(7)
-        model = Model(tied=self.tied, bias=self.bias).to(dtype)
-        model.lm_head.requires_grad_(not self.frozen)
+        model = Model(tied=self.tied, bias=self.bias, lora=self.lora).to(dtype)
+        if self.frozen:
+            model.lm_head.requires_grad_(False)
         model.checkpointed = self.checkpointed
         return model
 
@@ -83,6 +115,8 @@ class Layout:
         mesh = init_device_mesh("cpu", (WORLD,))
         if self.ddp:
             return DistributedDataParallel(model)
+        if self.fsdp1:
+            return self.wrap_fsdp1(model)
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         if self.unit:
@@ -93,12 +127,22 @@ class Layout:
         fully_shard(model, mesh=mesh, reshard_after_forward=self.root_reshard)
         return model
 
+    def wrap_fsdp1(self, model: Model) -> nn.Module:
+        """The same with ``FullyShardedDataParallel``."""
+        for name in ("blocks.0", "blocks.1", *self.unit):
+            parent, _, child = name.rpartition(".")
+            unit = FullyShardedDataParallel(model.get_submodule(name), **FSDP1)
+            setattr(model.get_submodule(parent), child, unit)
+        return FullyShardedDataParallel(model, **FSDP1)
 
+
+FSDP1: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
 OWN, NORM, TIED = ("lm_head",), ("norm", "lm_head"), ("embed", "lm_head")
 LAYOUTS = {
     "ddp": Layout(ddp=True),
     "ddp-tied-bias": Layout(ddp=True, tied=True, bias=True),
     "ddp-checkpoint": Layout(ddp=True, checkpointed=True),
+    "fsdp1": Layout(fsdp1=True),
     "root": Layout(),
     "root-reshard": Layout(root_reshard=True),
     "root-keep": Layout(root_reshard=False),
@@ -113,8 +157,12 @@ LAYOUTS = {
     "tied-reshard": Layout(TIED, reshard=True, tied=True),
     "tied-keep": Layout(TIED, reshard=False, tied=True),
     "tied-norm": Layout(("embed", *NORM), reshard=True, tied=True),
+    "ddp-lora": Layout(ddp=True, lora=True),
+    "root-lora": Layout(lora=True, root_reshard=True),
+    "norm-lora": Layout(NORM, reshard=True, lora=True),
+    "own-lora": Layout(OWN, reshard=True, lora=True),
 }
-LOSSES = ("ce", "ce-two-pass", "gspo")
+LOSSES = ("ce", "gspo")
 
 
 @dataclass
@@ -150,8 +198,7 @@ def contexts(loss: str, data: list[Data]) -> list[Any]:
             RLLossContextInputItem(shifted_labels=d.labels, advantages=d.advantages, old_logprobs=d.old) for d in data
         ]
     else:
-        plan = "two_pass" if loss == "ce-two-pass" else "auto"
-        cfg = CELossConfig(mode="chunk", chunk_size=4, plan=plan)
+        cfg = CELossConfig(mode="chunk", chunk_size=4)
         items = [CELossContextInputItem(shifted_labels=d.labels) for d in data]
     ctx_cls = cfg.loss_ctx_cls
     return [ctx_cls(cfg, k) for k in ctx_cls.build_batches_loss_kwargs(items, cfg, [BOUNDS] * len(items))]
@@ -162,12 +209,22 @@ def whole(x: Tensor | None) -> Tensor | None:
     return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[union-attr]
 
 
+def gradients(model: nn.Module, inner: Model) -> dict[str, Tensor | None]:
+    """Whole gradients of every parameter, under the names of the model without wrappers."""
+    if not isinstance(model, FullyShardedDataParallel):
+        return {name: whole(p.grad) for name, p in inner.named_parameters()}
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        named = inner.named_parameters()
+        return {n.replace("_fsdp_wrapped_module.", ""): p.grad.clone() for n, p in named if p.grad is not None}
+
+
 def without_sync(model: nn.Module, sync: bool) -> AbstractContextManager[Any]:
     """Gradient accumulation as each engine spells it."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
         return nullcontext()
-    return nullcontext() if sync or not isinstance(model, DistributedDataParallel) else model.no_sync()
+    wrapped = isinstance(model, (DistributedDataParallel, FullyShardedDataParallel))
+    return model.no_sync() if wrapped and not sync else nullcontext()
 
 
 def train(layout: Layout, loss: str, rank: int) -> list[dict[str, Tensor | None]]:
@@ -181,7 +238,7 @@ def train(layout: Layout, loss: str, rank: int) -> list[dict[str, Tensor | None]
         for i, (d, ctx) in enumerate(zip(data, contexts(loss, data), strict=True)):
             with without_sync(model, i == MICRO - 1):
                 model(d.ids, ctx).backward()
-        seen.append({name: whole(p.grad) for name, p in inner.named_parameters()})
+        seen.append(gradients(model, inner))
         optimizer.step()
         optimizer.zero_grad()
     return seen

@@ -72,6 +72,17 @@ def build(item: Any, cfg: Any, bounds: torch.Tensor | None = BOUNDS, mesh: Any =
     return cfg.loss_ctx_cls(cfg, kwargs)
 
 
+def weighted() -> CELossContextInputItem:
+    return ce(token_weight=torch.ones(LABELS.shape))
+
+
+def set_since(item: CELossContextInputItem, odd: bool) -> CELossContextInputItem:
+    """With weights that were set once more after the split, on this rank or not."""
+    if odd:
+        item.token_weight = torch.ones(item.shifted_labels.shape)
+    return item
+
+
 def jobs(rank: int, mesh: Any) -> dict[str, Callable[[], object]]:
     """What goes wrong, on rank 1 unless its name says otherwise; the same order on all ranks."""
     odd = rank == 1
@@ -97,6 +108,17 @@ def jobs(rank: int, mesh: Any) -> dict[str, Callable[[], object]]:
         "one-more": lambda: build(failing.item(LABELS, ["sum"] * (2 if odd else 1)), custom()),
         "mesh": lambda: (
             build(ce().sp_split(mesh), CELossConfig(), BOUNDS, mesh) if odd else build(ce(), CELossConfig())
+        ),
+        "sequences": lambda: build(ce(LABELS + odd).sp_split(mesh), CELossConfig(), BOUNDS, mesh),
+        "sequence-orders": lambda: build(
+            ce().sp_split(mesh, "head_tail" if odd else "contiguous"), CELossConfig(), BOUNDS, mesh
+        ),
+        "set-since": lambda: build(set_since(weighted().sp_split(mesh), odd), CELossConfig(), BOUNDS, mesh),
+        "parts": lambda: ce(LABELS[:, :4] if odd else LABELS).sp_parts(mesh),
+        "part-fields": lambda: ce(token_weight=None if odd else torch.ones(LABELS.shape)).sp_parts(mesh),
+        "no-part": lambda: ce(token_weight=torch.ones(LABELS.shape)[:, odd:]).sp_parts(mesh),
+        "no-micro-batch": lambda: CELossConfig().loss_ctx_cls.build_batches_loss_kwargs(
+            [] if odd else [weighted()], CELossConfig()
         ),
         "contexts": lambda: failing.build_contexts(
             [CELossConfig(), CELossConfig(softcap=3.0) if odd else CELossConfig()], LABELS, BOUNDS
@@ -195,6 +217,7 @@ ONE_RAISES = {  # what rank 1 raises, and what the others hear of it
     "between": ("ValueError", "step 1"),
     "after": ("ValueError", "step 2"),
     "rows": ("ValueError", "no rows"),
+    "no-part": ("ShapeError", "token_weight"),
     "contexts": ("OptionError", "contexts of different configs"),
 }
 
@@ -202,13 +225,14 @@ ONE_RAISES = {  # what rank 1 raises, and what the others hear of it
 @pytest.mark.parametrize("name", ONE_RAISES)
 def test_rank_that_raises_is_named_on_all(ranks: list[dict[str, Any]], name: str) -> None:
     kind, words = ONE_RAISES[name]
+    doing = "joining parts of sequences" if name == "no-part" else "building batches"
     for rank, (raised, text, notes) in enumerate(r["errors"][name] for r in ranks):
         if rank == 1:
             assert raised == kind and words in text
-            assert "raised on rank 1 of 3 while building batches" in notes
+            assert f"raised on rank 1 of 3 while {doing}" in notes
         else:
             assert raised == "RankError"
-            assert text.startswith(f"[rank] while building batches, rank 1 raised {kind}: ") and words in text
+            assert text.startswith(f"[rank] while {doing}, rank 1 raised {kind}: ") and words in text
 
 
 def test_failure_comes_with_the_difference_behind_it(ranks: list[dict[str, Any]]) -> None:
@@ -235,6 +259,14 @@ DIFFER = {
     "field": ("MissingFieldError", ["token_weight is given on ranks 0, 2 and None on rank 1"]),
     "collective": ("RankError", ["all_reduce_max of [] int64 on ranks 0, 2 and all_reduce_sum of [1] float32 on rank"]),
     "one-more": ("RankError", ["nothing more on ranks 0, 2 and all_reduce_sum of [1] float32 on rank 1"]),
+    "sequences": ("OptionError", ["the whole shifted_labels of micro-batch 0 is [1, 5] of hash"]),
+    "sequence-orders": ("OptionError", ["the order of the parts of micro-batch 0 is [3, 2] of hash"]),
+    "set-since": (
+        "OptionError",
+        ["what was set since the split of micro-batch 0 is [] on ranks 0, 2 and ['token_weight'] on rank 1"],
+    ),
+    "parts": ("OptionError", ["the part of shifted_labels is [1, 5] on ranks 0, 2 and [1, 4] on rank 1"]),
+    "part-fields": ("OptionError", ["the part of token_weight is [1, 5] on ranks 0, 2 and not there on rank 1"]),
     "mesh": ("OptionError", ["sp_mesh is None on ranks 0, 2 and of 3 ranks on rank 1"]),
 }
 
@@ -253,7 +285,8 @@ def test_forward_names_its_rank(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_group_works_afterwards(ranks: list[dict[str, Any]]) -> None:
-    assert [r["errors"]["none"][0] for r in ranks] == [""] * WORLD
+    for name in ("no-micro-batch", "none"):
+        assert [r["errors"][name][:2] for r in ranks] == [("", "")] * WORLD
 
 
 def test_empty_rank_takes_part_in_the_same_collectives(ranks: list[dict[str, Any]]) -> None:

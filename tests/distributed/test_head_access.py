@@ -2,8 +2,8 @@
 
 Contract: for every layout of DDP and FSDP2, gradients of every parameter (head and backbone) at every step of AdamW,
 two accumulated micro-batches a step, one rank's first one without a live token, are those of one process with the
-whole batch, by the float64 oracle; for a one-pass loss, its two-pass plan, and a loss of whole sequences. Ways to read
-a head that would train on something else are refused, each with a message that names the remedy.
+whole batch, by the float64 oracle; for a one-pass loss and for one of whole sequences, which reads the head again. Ways
+to read a head that would train on something else are refused, each with a message that names the remedy.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 import xloss
 from tests import budgets
 from tests.distributed import head_layouts as layouts
-from tests.distributed.head_layouts import BOUNDS, GSPO, LAYOUTS, LOSSES, STEPS, WORLD, Layout, Model
+from tests.distributed.head_layouts import BOUNDS, GSPO, LAYOUTS, LOSSES, STEPS, WORLD, H, Layout, Model, T
 from tests.oracle import ce, head, policies
 
 pytestmark = pytest.mark.distributed
-TWICE = ("root-reshard", "norm-reshard", "own-reshard", "own-keep")
+TWICE = ("root-reshard", "norm-reshard", "own-reshard", "own-keep", "own-lora")
 AVERAGED, REPLICATED = [Partial("avg")], [Replicate()]
 
 
@@ -88,8 +88,9 @@ def read(model: Model, how: str) -> Any:
 
 def attempt(name: str, where: str, how: str, rank: int) -> Any:
     """Gradient of the head, or the message of the refusal. `where` the loss runs, `how` it reads the head."""
-    inner = LAYOUTS[name].model()
-    model = LAYOUTS[name].wrap(inner)
+    layout = Layout(("lm_head",), fsdp1=True) if name == "fsdp1-own" else LAYOUTS[name]
+    inner = layout.model()
+    model = layout.wrap(inner)
     data = layouts.batches(rank, 0)
     if how != "head_weight":
         inner.head_of = lambda m: read(m, how)
@@ -99,9 +100,8 @@ def attempt(name: str, where: str, how: str, rank: int) -> Any:
                 case "inside":
                     loss = model(d.ids, ctx)
                 case "bypass":  # the module inside the wrapper is called
-                    loss = (
-                        inner(d.ids, ctx) if name == "ddp" else inner.loss(inner.blocks[0](torch.ones(1, 10, 16)), ctx)
-                    )
+                    ddp = name.startswith("ddp")
+                    loss = inner.loss(inner.hidden(d.ids) if ddp else inner.blocks[0](torch.ones(1, T, H)), ctx)
                 case _:  # after the forward
                     loss = inner.loss(model(d.ids), ctx)
             loss.backward()
@@ -114,6 +114,9 @@ ATTEMPTS = [
     ("ddp", "bypass", "head_weight"),
     ("ddp", "bypass", "weight"),
     ("ddp", "bypass", "cast"),
+    ("ddp-lora", "bypass", "head_weight"),
+    ("fsdp1", "after", "head_weight"),
+    ("fsdp1-own", "inside", "head_weight"),
     ("root", "bypass", "head_weight"),
     ("own-keep", "bypass", "head_weight"),
     ("own-keep", "after", "head_weight"),
@@ -163,7 +166,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 def oracle_loss(model: Model, loss: str, step: int) -> Tensor:
     """The step's loss on one process that holds every micro-batch of every rank."""
     data = [d for rank in range(WORLD) for d in layouts.batches(rank, step)]
-    weight, bias = model.lm_head.weight, model.lm_head.bias
+    weight, bias = model.dense_head()
     if loss != "gspo":
         weights = ce.step_weights([d.labels for d in data], [BOUNDS] * len(data))
         losses = [ce.loss(model.hidden(d.ids), weight, d.labels, w, bias) for d, w in zip(data, weights, strict=True)]
@@ -179,10 +182,10 @@ def oracle_loss(model: Model, loss: str, step: int) -> Tensor:
     return total / sum(int(v.sum()) for v in live)
 
 
-def oracle_gradients(layout: Layout, loss: str) -> list[dict[str, Tensor | None]]:
+def oracle_gradients(layout: Layout, loss: str, lr: float = 1e-2) -> list[dict[str, Tensor | None]]:
     """Gradients at every step of the same optimizer in float64."""
     model = layout.model(torch.float64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     seen = []
     for step in range(STEPS):
         oracle_loss(model, loss, step).backward()
@@ -245,6 +248,8 @@ REFUSED = {
     ("ddp", "bypass", "head_weight"): "DistributedDataParallel, whose forward is not running",
     ("ddp", "bypass", "weight"): "DistributedDataParallel, whose forward is not running",
     ("ddp", "bypass", "cast"): "DistributedDataParallel, whose forward is not running",
+    ("ddp-lora", "bypass", "head_weight"): "an adapter's matrix is a parameter of DistributedDataParallel",
+    ("fsdp1", "after", "head_weight"): "not [V, H]: it is sharded",
     ("root", "bypass", "head_weight"): "forward of the module that owns it is not running",
     ("own-keep", "bypass", "head_weight"): "no forward of the sharded model is running",
     ("own-keep", "after", "head_weight"): "no forward of the sharded model is running",
@@ -262,6 +267,11 @@ def test_refused(ranks: list[dict[Any, Any]], case: tuple[str, str, str]) -> Non
         assert isinstance(seen[case], str), "a gradient came, and it is wrong"
         assert REFUSED[case] in seen[case]
         assert "run the loss inside the model's forward, within `with xloss.head_weight(self.lm_head)" in seen[case]
+
+
+def test_fsdp1_unit_of_its_own(ranks: list[dict[Any, Any]]) -> None:
+    for seen in ranks:
+        assert "leave the head out of the wrapping policy" in seen["fsdp1-own", "inside", "head_weight"]
 
 
 def test_full_tensor_with_averaged_gradients(ranks: list[dict[Any, Any]]) -> None:

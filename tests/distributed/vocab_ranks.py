@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.property.registry import PLAIN
 from tests.property.world import VOCAB, WORLD, Case, Result
-from xloss import VocabShard
+from xloss import VocabShard, linear_logprobs
 
 SPLITS: dict[str, tuple[tuple[int, int], ...]] = {
     "two": ((0, 7), (7, 11)),
@@ -58,6 +58,51 @@ def pairs(split: str) -> list[tuple[str, str]]:
     return found + [
         (n, run) for n in SOME for run in RUNS if run != "eager" or not set(teachers) & set(PLAIN[n].fields)
     ]
+
+
+STATISTICS: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain": (0, {}),
+    "several labels": (3, {"softcap": 3.0, "logit_scale": 1.3, "temperature": torch.linspace(0.6, 2.0, 9)}),
+}
+"""Labels a token (0: an axis less), and what stands between hidden states and logits."""
+WAYS: dict[str, dict[str, Any]] = {"kept": {"chunk_size": 4}, "again": {"chunk_size": 4, "logits_budget": 1}}
+
+
+def primitive(several: int) -> dict[str, Tensor]:
+    """Hidden states, head, labels, and an upstream gradient for each number of each statistic."""
+    g = torch.Generator().manual_seed(8)
+    shape = (9, several) if several else (9,)
+    x = {n: torch.randn(*s, generator=g, dtype=torch.float64)
+         for n, s in {"hidden": (9, 5), "weight": (VOCAB, 5), "bias": (VOCAB,), "logprobs": shape, "lse": (9,),
+                      "entropy": (9,), "mean_logit": (9,), "sum_p2": (9,)}.items()}  # fmt: skip
+    labels = torch.randint(0, VOCAB, shape, generator=g)
+    labels[2], labels[4], labels[5] = -100, 0, VOCAB - 1
+    if several:
+        labels[6, 1], labels[7] = -100, labels[7, 0]
+    return x | {"labels": labels}
+
+
+def statistics(bounds: tuple[tuple[int, int], ...], rank: int, kind: str, **how: Any) -> dict[str, Tensor]:
+    """All statistics of ``linear_logprobs``, and gradients of hidden states and of this rank's rows."""
+    several, between = STATISTICS[kind]
+    x = primitive(several)
+    hidden = x["hidden"].requires_grad_()
+    head = shard({n: x[n].requires_grad_() for n in ("weight", "bias")}, bounds, rank)
+    asked = {f"return_{n}": True for n in ("entropy", "mean_logit", "sum_p2", "top1")}
+    stats = linear_logprobs(hidden, head, x["labels"], **between, **asked, mode="chunk", **how)
+    total = torch.stack([(x[n] * v).sum() for n, v in stats.differentiable()]).sum()
+    leaves = {"hidden": hidden, "weight": head.weight, "bias": head.bias}
+    grads = torch.autograd.grad(total, [t for t in leaves.values() if t is not None])
+    found = {n: v.detach() for n, v in stats.differentiable()} | {
+        f"d {n}": g for n, g in zip(leaves, grads, strict=True)
+    }
+    assert stats.top1 is not None
+    return found | {"top1": stats.top1}
+
+
+def primitives(split: str, rank: int) -> Callable[[], dict[tuple[str, str], Any]]:
+    return lambda: {(kind, way): statistics(SPLITS[split], rank, kind, **how)
+                    for kind in STATISTICS for way, how in WAYS.items()}  # fmt: skip
 
 
 def losses(split: str, rank: int) -> Callable[[], dict[tuple[str, str], Any]]:

@@ -82,6 +82,7 @@ def test_a_context_serves_twice_and_stays_as_it_was() -> None:
     context = ce_context(data.pop("labels"))
     first, second = (model(**data, loss_ctx=context).loss.item() for _ in range(2))
     assert first == second and context.loss_cfg.logit_scale == 1.0
+    assert context.explain().kind == "one-pass"
 
 
 def test_other_fields_of_the_output_stay() -> None:
@@ -167,6 +168,15 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         model.enable_input_require_grads()
     model(**data).loss.backward()
     assert worst(gradients(model), want) <= budgets.F64_STEP
+
+
+@pytest.mark.slow
+def test_torch_compile() -> None:
+    model, data = attach(build("llama", torch.float32, num_hidden_layers=1)).train(), batch()
+    model(**data).loss.backward()
+    want = gradients(model)
+    torch.compile(model, backend="eager")(**data).loss.backward()
+    assert worst(gradients(model), want) <= budgets.FLOAT32_FLOOR
 
 
 def test_nothing_is_left_on_the_model_after_an_error() -> None:

@@ -117,10 +117,20 @@ def test_supervised_loop_and_its_resumption(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss_fn", "config", "substeps"),
-    [("importance_sampling", None, 1), ("ppo", {"clip_low_threshold": 0.5}, 2), ("cispo", None, 1)],
+    ("loss_fn", "config", "substeps", "mode"),
+    [
+        ("importance_sampling", None, 1, {}),
+        ("ppo", {"clip_low_threshold": 0.5}, 2, {}),
+        (
+            "cispo",
+            None,
+            1,
+            {"stream_minibatch_config": rl_train.StreamMinibatchConfig(groups_per_batch=3, num_minibatches=3)},
+        ),
+        ("dro", {"beta": 0.1}, 1, {"async_config": rl_train.AsyncConfig(max_steps_off_policy=1, groups_per_batch=3)}),
+    ],
 )
-def test_rl_loop(tmp_path: Path, loss_fn: Any, config: dict[str, float] | None, substeps: int) -> None:
+def test_rl_loop(tmp_path: Path, loss_fn: Any, config: Any, substeps: int, mode: dict[str, Any]) -> None:
     """Sampler and trainer agree: their log-probs differ by rounding, as the loop itself measures."""
     builder = ArithmeticDatasetBuilder(
         batch_size=3, model_name_for_tokenizer=NAME, renderer_name=RENDERER, n_batches=2, group_size=3
@@ -141,6 +151,7 @@ def test_rl_loop(tmp_path: Path, loss_fn: Any, config: dict[str, float] | None, 
         kl_penalty_coef=0.1,  # no answer is ever right: it makes the advantages
         kl_reference_config=rl_train.KLReferenceConfig(base_model=NAME),
         num_groups_to_log=0,
+        **mode,
     )
     asyncio.run(rl_train.main(run))
     found = logged(tmp_path)

@@ -101,8 +101,10 @@ def _targets(datum: Any) -> dict[str, Any]:
 
 
 COMPARISONS = [
-    Comparison("xloss.tinker", "tinker", "custom loss: variance of all log-probs", lambda: _custom(variance)[2]),
-    Comparison("xloss.tinker", "tinker-cookbook", "custom loss: DPO of the cookbook", lambda: _custom(dpo)[2]),
+    Comparison("xloss.tinker", "tinker", "custom loss in the SDK's two passes, variance", lambda: _custom(variance)[2]),
+    Comparison(
+        "xloss.tinker", "tinker", "custom loss in the SDK's two passes, the cookbook's DPO", lambda: _custom(dpo)[2]
+    ),
 ]
 
 
@@ -221,14 +223,13 @@ def _packed(model: Any) -> tuple[float, float, float]:
     return got, want, worst(found, {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
 
 
-COMPARISONS.append(
+PACKS = [name for name in ARCHITECTURES if "falcon" not in name]
+COMPARISONS += [
     Comparison(
-        "xloss.tinker",
-        "transformers",
-        "four sequences packed, against the model's own forward on each",
-        lambda: _packed(llama(torch.float64))[2],
+        "xloss.tinker", "transformers", f"packed against one by one, {name}", lambda n=name: _packed(build(n))[2]
     )
-)
+    for name in PACKS
+]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -239,7 +240,7 @@ def test_packed_is_one_by_one(options: dict[str, Any], attention: str) -> None:
     assert difference < budgets.TINKER_PACKED
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "falcon" not in name])
+@pytest.mark.parametrize("name", PACKS)
 def test_architectures(name: str) -> None:
     """What they do to their logits is in the log-probs."""
     got, want, difference = _packed(build(name))

@@ -58,9 +58,10 @@ import torch, pydantic
 warnings.simplefilter("error")
 import xloss
 heavy = ("triton", "xloss_kernels", "matplotlib", "cyclopts", "rich", "hypothesis", "pytest")
+heavy += ("transformers", "trl", "tinker")
 taken = [name for name in heavy if name in sys.modules]
 assert not taken, taken
-assert "xloss.cli" not in sys.modules
+assert not {"xloss.cli", "xloss.tinker"} & set(sys.modules)
 """)
 
 

@@ -103,7 +103,6 @@ import torch
 
 from xloss import BaseLossConfig, BaseLossContext, BaseLossKwargs, CELossConfig, CELossContextInputItem, PerToken
 from xloss import PolicyLossConfig
-from xloss.losses.calibration import global_sum, gradient_factor
 
 made = CELossConfig(focal_gamma=1.0)
 number = 3
@@ -125,9 +124,9 @@ class Context(BaseLossContext[CELossContextInputItem]):
     loss_kwargs: Kwargs
 
     @classmethod
-    def calibrate(cls, kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh):
+    def calibrate(cls, kwargs_list, loss_cfg, cu_seq_lens_list, ranks):
         masks = [kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in kwargs_list]
-        factor = gradient_factor(loss_cfg.grad_reduce) / global_sum(masks)
+        factor = ranks.gradient_factor(loss_cfg.grad_reduce) / ranks.sum(masks).divisor()
         for kwargs, mask in zip(kwargs_list, masks):
             kwargs.loss_weight = mask * factor
 
@@ -141,7 +140,7 @@ class Right(BaseLossConfig):
 
 class PerBatch(Context):
     @classmethod
-    def calibrate(cls, kwargs_list, loss_cfg, cu_seq_lens_list, sp_mesh):
+    def calibrate(cls, kwargs_list, loss_cfg, cu_seq_lens_list, ranks):
         for kwargs in kwargs_list:
             mask = kwargs.shifted_labels != loss_cfg.ignore_idx
             kwargs.loss_weight = mask / mask.sum().clamp(min=1)

@@ -132,10 +132,10 @@ def test_no_kl_term(name: str) -> None:
     assert all(bool((g == 0).all()) for g in grads(client.model))
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", *TINKER])
+@pytest.mark.parametrize("name", ["cross_entropy", "dft", *TINKER, "gspo", "sapo", "kimi", "rloo"])
 def test_sum_not_mean(name: str) -> None:
-    """Twice the data is twice the loss and twice the gradient."""
-    data = supervised() if name == "cross_entropy" else rollouts()
+    """Twice the data is twice the loss and twice the gradient, of losses that Tinker does not have too."""
+    data = supervised() if name in ("cross_entropy", "dft") else rollouts()
     once = client_of()
     twice = client_of(copy.deepcopy(once.model))
     a, b = once.forward_backward(data, name).result(), twice.forward_backward(data + data, name).result()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.tinker_data import alone, check, client_of, grads, ints, same, supervised, want
-from xloss.errors import GraphError, OptionError
+from xloss.errors import GraphError, NonFiniteError, OptionError
 from xloss.tinker import Datum
 
 
@@ -85,6 +85,7 @@ def test_cross_entropy_as_a_custom_loss() -> None:
         (lambda data, lps: (torch.cat(lps), {}), OptionError),
         (lambda data, lps: (1.0, {}), OptionError),
         ("cross_entropy", OptionError),
+        (lambda data, lps: ((torch.cat(lps) - torch.cat(lps).detach()).sqrt().sum(), {}), NonFiniteError),
     ],
 )
 def test_custom_losses_that_are_none(fn: Any, error: type[Exception]) -> None:

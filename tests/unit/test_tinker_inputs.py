@@ -67,6 +67,19 @@ def test_log_probs_of_dead_tokens_on_request_only() -> None:
     same(a["logprobs"][4:], b["logprobs"][4:])
 
 
+def test_temperatures_are_in_every_log_prob() -> None:
+    """Those of tokens that the loss leaves out too."""
+    client, data = client_of(), supervised((6,))
+    temperature = torch.linspace(0.5, 2, 6).double()
+    data[0].loss_fn_inputs["weights"][:3] = 0
+    data[0].loss_fn_inputs["temperature"] = temperature
+    (out,) = client.forward(data, "cross_entropy").result().loss_fn_outputs
+    n = torch.arange(6)
+    hidden = client.model(data[0].model_input[None], n[None], torch.tensor([0, 6]))[0]
+    dense = (hidden @ client.model.head.weight.T / temperature[:, None]).log_softmax(-1)
+    same(out["logprobs"], dense[n, data[0].loss_fn_inputs["target_tokens"]].detach())
+
+
 def _with(tokens: Any = None, **inputs: Any) -> list[Datum]:
     """A good rollout of 3 tokens with some inputs replaced; ``None`` takes one out."""
     (datum,) = rollouts((3,))
@@ -83,6 +96,14 @@ def _with(tokens: Any = None, **inputs: Any) -> list[Datum]:
         (_with(tokens=[]), "ppo", None, ShapeError, "at least one"),
         (_with(tokens=[0.5, 1, 2]), "ppo", None, DtypeError, "integer"),
         (_with(tokens=SimpleNamespace(chunks=[SimpleNamespace()])), "ppo", None, UnsupportedError, "only text"),
+        (_with(tokens=[1, -1, 2]), "ppo", None, LabelError, "-1"),
+        (
+            _with(logprobs=None, advantages=None, target_tokens=ints(3, 2), weights=[1.0] * 3),
+            "cross_entropy",
+            None,
+            ShapeError,
+            r"weights must be \(3, 2\)",
+        ),
         (_with(target_tokens=None), "ppo", None, MissingFieldError, "no target_tokens"),
         (_with(target_tokens=[1, 2]), "ppo", None, ShapeError, "N = 3"),
         (_with(target_tokens=[1, 2, VOCAB]), "ppo", None, LabelError, str(VOCAB)),

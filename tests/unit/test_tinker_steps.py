@@ -141,6 +141,9 @@ def test_a_saved_run_continues_to_the_bit(tmp_path: Path) -> None:
     fresh.load_state(path)
     _train(fresh, 2)
     assert not torch.equal(fresh.model.head.weight, client.model.head.weight)
+    client.load_state(path)  # forgets the moments that its four steps left
+    _train(client, 2)
+    assert torch.equal(fresh.model.head.weight, client.model.head.weight)
 
 
 def test_checkpoints_that_cannot_be(tmp_path: Path) -> None:
@@ -209,8 +212,11 @@ def test_softcap_and_scale_are_in_every_log_prob() -> None:
     custom = client.forward_backward_custom(data, lambda d, lps: (torch.cat(lps).sum(), {})).result()
     for found in (out, custom):
         same([x["logprobs"] for x in found.loss_fn_outputs], expected)
-    tokens = data[2].model_input
-    seen = client.save_weights_and_get_sampling_client().compute_logprobs(tokens).result()
+    tokens, sampling = data[2].model_input, client.save_weights_and_get_sampling_client()
+    (drawn,) = sampling.sample(tokens, 1, SimpleNamespace(max_tokens=3)).result().sequences
+    of_drawn = sampling.compute_logprobs(torch.cat([tokens, torch.tensor(drawn.tokens)])).result()[-3:]
+    assert drawn.logprobs == pytest.approx(of_drawn)
+    seen = sampling.compute_logprobs(tokens).result()
     same(torch.tensor(seen[1:], dtype=torch.float64), dense[2][:-1].gather(1, tokens[1:, None])[:, 0].detach())
 
 

@@ -10,14 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xloss.distributed.peft_layers import active_adapters, chosen_module, is_wrapped
 from xloss.distributed.routes import INSIDE, fsdp_groups, gather, in_backward, is_dtensor, is_fsdp2, is_fsdp_shard
 from xloss.errors import OptionError, UnsupportedError
+from xloss.lora import Lora, LoraWeight
 
 
 class Head(NamedTuple):
     """What ``head_weight`` yields, in the order of ``forward``: ``weight [V, H]``, ``bias [V]`` or ``None``."""
 
-    weight: Tensor
+    weight: Tensor | LoraWeight
     bias: Tensor | None
 
 
@@ -30,24 +32,30 @@ def head_weight(module: nn.Module) -> Iterator[Head]:
     It serves a plain or ``DistributedDataParallel`` model and every layout of ``fully_shard``: a head owned by the
     root, grouped with the norm, a unit of its own, tied to the embedding. A unit of its own is gathered, and stays so
     until the backward is over (until the end of the ``with`` where no gradient is wanted). A tensor-parallel weight is
-    handed out as the DTensor it is.
+    handed out as the DTensor it is. Of a layer of PEFT it is what that layer's forward would use: the copy of
+    ``modules_to_save``, or a ``LoraWeight`` of the active adapters.
 
     Args:
-        module: ``nn.Linear``, or ``nn.Embedding`` of tied weights.
+        module: ``nn.Linear``, or ``nn.Embedding`` of tied weights; PEFT's layer around it where there is one.
 
     Raises:
         OptionError: ``module`` is something else, whose forward may be more than a product with a weight.
-        UnsupportedError: gradients would not arrive, as outside the forward of the sharded model.
+        UnsupportedError: gradients would not arrive, as outside the forward of the sharded model; or an adapter is not
+            ``W + s B A`` (DoRA).
     """
+    wrappers = []
+    while is_wrapped(module):
+        wrappers.append(module)
+        module = chosen_module(module)
     linear = _linear(module)
-    units = [m for m in module.modules() if is_fsdp2(m)]
+    units = [m for m in (wrappers[0] if wrappers else linear).modules() if is_fsdp2(m)]
     if units and torch.is_grad_enabled():
         _check_root(units[0])
     gathered = [unit for unit in units if any(not group.is_unsharded for group in fsdp_groups(unit))]
     for unit in gathered:
         gather(unit)
     try:
-        yield _read(linear)
+        yield _read(linear, wrappers)
     finally:
         if not torch.is_grad_enabled():
             for unit in gathered:
@@ -81,7 +89,7 @@ def _check_root(unit: nn.Module) -> None:
         )
 
 
-def _read(linear: nn.Linear | nn.Embedding) -> Head:
+def _read(linear: nn.Linear | nn.Embedding, wrappers: list[nn.Module]) -> Head:
     weight, bias = linear.weight, getattr(linear, "bias", None)
     if is_dtensor(weight) and is_fsdp_shard(weight):
         raise UnsupportedError(
@@ -93,4 +101,10 @@ def _read(linear: nn.Linear | nn.Embedding) -> Head:
             f"the head's weight is {tuple(weight.shape)}, not [V, H]: it is sharded, and the forward of what owns it "
             f"is not running; {INSIDE}"
         )
-    return Head(weight, bias)
+    adapters: list[Lora] = []
+    for layer in wrappers:
+        found, more = active_adapters(layer)
+        adapters += found
+        if more is not None:
+            bias = more.to(weight.dtype) if bias is None else bias + more.to(bias.dtype)
+    return Head(LoraWeight(weight, tuple(adapters)) if adapters else weight, bias)

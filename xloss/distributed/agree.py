@@ -53,11 +53,14 @@ class _Report:
 
 
 @contextmanager
-def together(doing: str, terms: Callable[[], Terms], group: Ranks = None) -> Iterator[None]:
+def together(doing: str, terms: Callable[[], Terms], group: Ranks = None) -> Iterator[Callable[[str], None]]:
     """Everything inside, ``doing`` in a message, succeeds on all ranks of ``group`` or raises on all.
 
     The same collectives of ``xloss.distributed``, in the same order, are expected of every rank. It waits for the
     device. Where there is one rank nothing happens.
+
+    Yields:
+        A function to call before something that is no such collective, named, as far as all ranks must come to it.
 
     Raises:
         Exception: what this rank raised, with a note of its rank.
@@ -65,13 +68,13 @@ def together(doing: str, terms: Callable[[], Terms], group: Ranks = None) -> Ite
         OptionError, MissingFieldError: ``terms`` differ; all names that do, and who has what.
     """
     if world_size(group) == 1:
-        yield
+        yield lambda step: None
         return
     meeting = _Meeting(doing, group)
     token = announced.set(meeting.announce)
     try:
         meeting.terms = terms()
-        yield
+        yield meeting.hold
         meeting.hold(_END)
     except Exception as error:
         meeting.fail(error)

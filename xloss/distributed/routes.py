@@ -24,6 +24,9 @@ INSIDE = "run the loss inside the model's forward, within `with xloss.head_weigh
 _MOST_NODES = 64  # of the graph between a parameter and the weight made of it
 _unit_of: Any = WeakIdKeyDictionary()  # gathered parameter -> unit of ``fully_shard`` that can gather it again
 _no_ddp: Any = WeakIdKeyDictionary()  # parameters that no DistributedDataParallel holds: looking takes a while
+_no_shard: Any = (
+    WeakIdKeyDictionary()
+)  # tensors that no unit of ``fully_shard`` holds; it makes new ones of what it does
 
 
 def check_gradient_route(tensor: Tensor | None, name: str, *, part: bool = False) -> None:
@@ -60,13 +63,14 @@ def is_fsdp2(module: Module) -> bool:
 def is_fsdp_shard(tensor: Tensor) -> bool:
     """Whether ``tensor`` is what ``fully_shard`` left of a parameter, and not a tensor-parallel one it gathered."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
+    if fsdp is None or tensor in _no_shard or not fsdp.FSDPModule.__subclasses__():
         return False
     for module in _modules_of(fsdp.FSDPModule):
         for group in fsdp_groups(module):
             for param in group.fsdp_params:
                 if tensor is param.sharded_param or tensor is getattr(param, "_sharded_post_forward_param", None):
                     return True
+    _no_shard[tensor] = True
     return False
 
 
@@ -141,8 +145,11 @@ def _check_ddp(leaf: Tensor, name: str) -> None:
 
 
 def _modules_of(kind: type) -> list[Any]:
-    """Every module of a class that is alive."""
-    return [x for x in gc.get_objects() if issubclass(type(x), kind)]
+    """Every module of a class that is alive: each refers to its class, and C finds who does."""
+    kinds = [kind]
+    for each in kinds:
+        kinds += each.__subclasses__()
+    return [x for x in gc.get_referrers(*kinds) if type(x) in kinds]
 
 
 def _nodes(first: Any) -> Iterator[Any]:

@@ -34,7 +34,7 @@ def check_same_tokens(
     mine = torch.stack(
         [
             torch.full((), digest, dtype=torch.float64, device=device),
-            _hash(labels),
+            labels_hash(labels),
             *_projection(hidden, live),
         ]
     )
@@ -62,7 +62,7 @@ MISUSE = (
 )
 
 
-def _hash(labels: Tensor) -> Tensor:
+def labels_hash(labels: Tensor) -> Tensor:
     """A number for the labels and their order, exact in float64."""
     flat = labels.reshape(-1)
     place = torch.arange(1, flat.numel() + 1, device=flat.device)

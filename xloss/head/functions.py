@@ -35,6 +35,7 @@ class OnePass(torch.autograd.Function):
         ctx.dtypes = tuple(None if x is None else x.dtype for x in tensors)
         ctx.keep, ctx.spent, ctx.scale = call.allow_retain_graph, False, call.backend.scale
         ctx.main_grad = call.main_grad
+        ctx.adapted = None if tensors.low_hidden is None else tensors.weight
         return job.total()
 
     @staticmethod
@@ -46,6 +47,8 @@ class OnePass(torch.autograd.Function):
                 "set allow_retain_graph=True (keeps a copy) or plan='two_pass' (computes them again)"
             )
         ctx.spent = not ctx.keep
+        if ctx.adapted is not None:
+            gather_again(ctx.adapted)  # the product with A comes next, and A is in the unit of W
         saved, main_grad = list(ctx.saved_tensors), ctx.main_grad
         if main_grad is not None and saved[1] is not None:
             main_grad.add(saved[1], grad_loss)

@@ -161,8 +161,10 @@ def _forward_with(state: _Attached) -> Forward:
         else:
             if labels is not None or inputs.get("shift_labels") is not None:
                 raise OptionError("labels and loss_ctx are both given; the loss of loss_ctx has labels of its own")
-            loss_ctx = _with_model(loss_ctx, state)
-        return _run(self, state, loss_ctx, inputs)
+        given, loss_ctx = loss_ctx, _with_model(loss_ctx, state)
+        output = _run(self, state, loss_ctx, inputs)
+        given.last_plan = loss_ctx.last_plan  # for its explain()
+        return output
 
     parameters = list(signature.parameters.values())
     at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))

@@ -2,39 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from pydantic_core import to_jsonable_python
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from xloss.distributed import Ranks
+from xloss.distributed import Ranks, world_size
 from xloss.distributed.agree import Terms, together
+from xloss.distributed.same_tokens import labels_hash
+from xloss.losses.token_batch import TokenBatch
 
 
+@contextmanager
 def calibrating(
-    loss_cfg: Any, batches: Sequence[Any], sp_mesh: DeviceMesh | None, group: Ranks = None
-) -> AbstractContextManager[None]:
+    loss_cfg: Any, batches: Sequence[TokenBatch], sp_mesh: DeviceMesh | None, group: Ranks = None
+) -> Iterator[None]:
     """Around the building of ``batches`` (items or kwargs): it succeeds on every rank of ``group`` or raises on all.
 
     Ranks must have the same config, the same fields in their batches (a rank without a batch has no say) and as many
-    sequence-parallel ranks. Number and size of the batches are each rank's own.
+    sequence-parallel ranks, which in turn must have the same sequences. Number and size of the batches are else each
+    rank's own.
     """
-    return together("building batches", lambda: _terms(loss_cfg, batches, sp_mesh), group)
+    mesh = next((batch.split.sp_mesh for batch in batches if batch.split is not None), sp_mesh)
+    with together("building batches", lambda: _terms(loss_cfg, batches, mesh), group) as meet:
+        if world_size(mesh) > 1 and mesh is not None:
+            meet("comparison of sequence-parallel ranks")
+            with together("splitting sequences", lambda: _split_terms(batches), mesh):
+                pass
+        yield
 
 
-def _terms(loss_cfg: Any, batches: Sequence[Any], sp_mesh: DeviceMesh | None) -> Terms:
+def _terms(loss_cfg: Any, batches: Sequence[TokenBatch], sp_mesh: DeviceMesh | None) -> Terms:
     chosen = {name: getattr(loss_cfg, name) for name in type(loss_cfg).model_fields}
     options = {"loss_cfg": type(loss_cfg).__qualname__, "sp_mesh": "None"}
     if sp_mesh is not None:
         options["sp_mesh"] = f"of {sp_mesh.size()} ranks"
     options |= _flat(to_jsonable_python(chosen, fallback=_name_of))
-    if not batches:
-        return Terms(options)
-    found = {n for b in batches for n in type(b).model_fields if isinstance(getattr(b, n), Tensor)}
-    return Terms(options, frozenset(found))
+    return Terms(options, fields_given(batches) if batches else None)
+
+
+def _split_terms(batches: Sequence[TokenBatch]) -> Terms:
+    """What ranks that hold parts of the same sequences must have alike, so that they exchange the same of them."""
+    options = {"the number of micro-batches": str(len(batches))}
+    wholes = [b if b.split is None else b.split.whole for b in batches]
+    hashes = [labels_hash(whole.shifted_labels) for whole in wholes]
+    hashes += [labels_hash(b.split.places) for b in batches if b.split is not None]
+    numbers = iter(torch.stack(hashes).tolist() if hashes else [])
+    for i, whole in enumerate(wholes):
+        options[f"the whole shifted_labels of micro-batch {i}"] = _hashed(whole.shifted_labels, next(numbers))
+    for i, batch in enumerate(batches):
+        if batch.split is not None:
+            options[f"the order of the parts of micro-batch {i}"] = _hashed(batch.split.places, next(numbers))
+            options[f"what was set since the split of micro-batch {i}"] = str(batch.split.changed(batch))
+    return Terms(options, fields_given(batches))
+
+
+def _hashed(tensor: Tensor, number: float) -> str:
+    return f"{list(tensor.shape)} of hash {number:.0f}"
+
+
+def fields_given(batches: Sequence[TokenBatch]) -> frozenset[str]:
+    """Names of the tensors that any of ``batches`` has."""
+    return frozenset(n for b in batches for n in type(b).model_fields if isinstance(getattr(b, n), Tensor))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xloss import shapes
 from xloss.distributed import Order
+from xloss.distributed.agree import Terms, together
 from xloss.errors import OptionError, ShapeError, unknown_name
 from xloss.losses.split import Split, split_batch, split_of_parts
 
@@ -149,11 +150,18 @@ class TokenBatch(StrictModel):
             length: tokens of the whole without padding; default: there is none.
 
         Raises:
-            ShapeError: parts of such a whole are of another size. OptionError: the batch is split already.
+            ShapeError: parts of such a whole are of another size. OptionError: the batch is split already, or ranks do
+                not have the same fields, shapes and arguments. RankError: another rank raised.
         """
-        self._check_unsplit()
-        if sp_mesh.size() > 1:
+
+        def terms() -> Terms:
+            shapes = {f"the part of {name}": str(list(value.shape)) for name, (value, _) in self.per_token().items()}
+            return Terms({"order": order, "length": str(length), **shapes})
+
+        with together("joining parts of sequences", terms, sp_mesh):
+            self._check_unsplit()
             self.check()
+        if sp_mesh.size() > 1:
             self._split = split_of_parts(self, sp_mesh, order, length)
         return self
 

@@ -121,7 +121,8 @@ class TrainingClient(AsyncCalls, Ready):
             gradient.
 
         Raises:
-            GraphError: the loss does not depend on the log-probs. OptionError: something else was returned.
+            GraphError: the loss does not depend on the log-probs. NonFiniteError: its gradient is NaN or inf.
+            OptionError: something else was returned.
         """
         if not callable(loss_fn):
             raise OptionError(f"loss_fn must be a function of (data, logprobs); got {type(loss_fn).__name__}")
@@ -265,7 +266,6 @@ class TrainingClient(AsyncCalls, Ready):
 
     def _copied(self) -> LanguageModel:
         memo = {id(self.model.tokenizer): self.model.tokenizer}
-        memo |= {id(p.grad): None for p in self.model.parameters() if p.grad is not None}
         return copy.deepcopy(self.model, memo).eval().requires_grad_(False)
 
     # -- about -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xloss.errors import GraphError, OptionError
+from xloss.errors import GraphError, NonFiniteError, OptionError
 from xloss.head.dispatch import Mode
 from xloss.head.linear_logprobs import linear_logprobs
 from xloss.losses.base import BaseLossContext
@@ -134,6 +134,9 @@ def run_custom(model: LanguageModel, engine: Engine, packs: list[Pack], data: Se
     if all(grad is None for grad in grads):
         raise GraphError("the loss of forward_backward_custom does not depend on the log-probs it was given")
     adjoints = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(flat, grads, strict=True)]
+    for index, adjoint in enumerate(adjoints):
+        if not bool(adjoint.isfinite().all()):
+            raise NonFiniteError(f"the gradient of the custom loss at the log-probs of data[{index}] is NaN or inf")
     upstream, start = [], 0
     for x, pack in zip(per_pack, packs, strict=True):
         stop = start + len(pack.rows)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xloss.errors import DtypeError, OptionError, ShapeError, UnsupportedError, unknown_name
+from xloss.errors import DtypeError, LabelError, OptionError, ShapeError, UnsupportedError, unknown_name
 
 Returns = Literal["auto", "tinker", "torch"]
 
@@ -123,6 +123,8 @@ def tokens_of(model_input: Any) -> Tensor:
         raise ShapeError(f"model_input must be [N] tokens, at least one; got {tuple(tokens.shape)}")
     if tokens.dtype.is_floating_point:
         raise DtypeError(f"model_input must be integer; got {tokens.dtype}")
+    if int(tokens.min()) < 0:
+        raise LabelError(f"model_input must not be negative; got {int(tokens.min())}")
     return tokens.to(torch.int64)
 
 

@@ -37,7 +37,7 @@ def packing(site: Site) -> Variants:
     "micro-batches",
     "2 and 3 uneven micro-batches, one a prompt, padded ones",
     hint="weights must hold the denominator of the whole optimizer step: calibrate() sees all micro-batches of it, and "
-    "global_sum of xloss.losses.calibration adds over them and over the ranks.",
+    "ranks.sum(...).divisor() adds over them and over the ranks.",
 )
 def micro_batches(site: Site) -> Variants:
     """Gradient accumulation."""

@@ -12,8 +12,13 @@ from torch import Tensor
 from xloss.cli.float64 import relative
 from xloss.cli.verify.step import Outcome
 
-BARS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
-"""Relative error allowed against one process that computes in the same dtype: sums in another order, and no more."""
+BARS = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+"""Relative error allowed against one process that computes in the same dtype: sums in another order, and no more.
+
+Weights of tokens are float32 also where all else is float64.
+"""
+CAPS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: math.inf}
+"""Relative error allowed against float64."""
 TINY = 1e-30
 
 
@@ -106,6 +111,15 @@ def _factor(found: Tensor | None, expected: Tensor | None) -> tuple[float, float
     return factor, float((g - factor * want).norm()) / math.sqrt(size)
 
 
+def allowed_error(dtype: torch.dtype, own: float) -> float:
+    """What a layout may be off by: the bar, or one process's ``own`` error against float64 where that is larger.
+
+    Large shapes and losses of sums that cancel cost one process more than the bar; no layout can be nearer to it than
+    it is to the truth.
+    """
+    return max(BARS[dtype], min(own, CAPS[dtype]))
+
+
 def explain(errors: Errors, allowed: float, counts: dict[str, int]) -> str:
     """What failed in words: which parameter or value, and the factor where it is one.
 
@@ -120,10 +134,12 @@ def explain(errors: Errors, allowed: float, counts: dict[str, int]) -> str:
             return what + "not finite, or not of the parameter's shape"
         if errors.factor == 0 and errors.rest == 0:
             return what + "0: nothing reaches it"
-        if errors.rest <= max(allowed, 1e-3 * abs(errors.factor - 1)):
+        if errors.rest <= 1e-3 * abs(errors.factor - 1) and abs(errors.factor - 1) > 1e-3:
             return what + _by_factor(errors.factor, counts)
         return what + f"off by {errors.gradient:.1e}, and by no common factor ({errors.factor:.3f} fits best)"
-    return f"{errors.value} differs by {errors.values:.1e}"
+    if not errors.values <= allowed:
+        return f"{errors.value} differs by {errors.values:.1e}"
+    return f"gradients are off float64's by {errors.gradient64:.1e}, and so are those of one process"
 
 
 def _by_factor(factor: float, counts: dict[str, int]) -> str:

@@ -52,8 +52,8 @@ def shard(model: SmallLM, units: list[Any], **options: Any) -> SmallLM:
     "ddp",
     "DDP, gradients reduced in every micro-batch",
     ranks=1,
-    hint="engines average gradients over the ranks: weights must hold gradient_factor(grad_reduce) of "
-    "xloss.losses.calibration, and their denominator the tokens of all ranks.",
+    hint="engines average gradients over the ranks: weights must hold ranks.gradient_factor(grad_reduce), and "
+    "ranks.sum(...).divisor(), the denominator over all ranks.",
 )
 def ddp(site: Site) -> Variants:
     """The plainest engine."""

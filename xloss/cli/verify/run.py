@@ -74,11 +74,12 @@ def make_report(options: VerifyOptions, world: World, progress: Console) -> Repo
 
 
 def chosen_layouts(names: Sequence[str]) -> list[Layout]:
-    """Layouts by name, all where none is given. Raises CannotRun for a wrong one."""
+    """Layouts by name, all where none is given, those to be refused last. Raises CannotRun for a wrong one."""
     for name in names:
         if name not in LAYOUTS and name != "all":
             raise CannotRun(unknown_name("--layouts", name, ["all", *LAYOUTS]))
-    return [x for x in LAYOUTS.values() if not names or "all" in names or x.name in names]
+    chosen = [x for x in LAYOUTS.values() if not names or "all" in names or x.name in names]
+    return sorted(chosen, key=lambda layout: layout.refused)
 
 
 def _split(words: Sequence[str]) -> tuple[str, ...]:

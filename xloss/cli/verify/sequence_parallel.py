@@ -8,7 +8,7 @@ from xloss.cli.verify.cases import LossCase
 from xloss.cli.verify.data_parallel import MICRO_BATCHES, ddp_of, last_only, shard
 from xloss.cli.verify.layouts import Site, Variants, cut_pairs, dealt, layout
 from xloss.cli.verify.step import Setup
-Order=str
+from xloss.distributed import Order
 
 PAIRS = (("ranks that share sequences", 2),)
 

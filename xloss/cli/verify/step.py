@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 from xloss import LossInfo, finalize_metrics
 from xloss.cli.verify.cases import LossCase
 from xloss.cli.verify.problem import GlobalBatch, weights_move
-from xloss.distributed import sp_gather, sp_split
-Order=str
+from xloss.distributed import Order, sp_gather, sp_split
 
 STEPS = 2  # the second one shows weights, shards or gradients that are left over from the first
 Cut = tuple[tuple[int, ...], ...]

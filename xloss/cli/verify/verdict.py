@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from xloss.cli.verify.compare import BARS, badness, explain
+from xloss.cli.verify.compare import CAPS, allowed_error, badness, explain
 from xloss.cli.verify.layouts import Layout
 from xloss.cli.verify.world import Seen
 
@@ -23,7 +23,7 @@ class Row:
         ranks: processes that ran it.
         gradient: against one process of the same dtype; ``gradient64`` against float64; ``values`` of the loss, the
             log-probs and the metrics.
-        allowed: what ``gradient`` and ``values`` may be.
+        allowed: what ``gradient`` and ``values`` may be, for the loss that may be off most.
         note: why it was skipped, or how it was refused.
         failures: what is wrong, in words; ``hint``: where to look in a loss of one's own.
     """
@@ -48,15 +48,17 @@ def row_of(layout: Layout, seen: Sequence[Seen], dtype: torch.dtype, world: int,
     ranks = world if layout.ranks else 1
     failures = [ended] if ended else []
     refusals = [s.refusal for s in seen if s.refusal]
-    allowed = BARS[layout.compute or dtype]
+    computed = layout.compute or dtype
+    allowed = allowed_error(computed, max((s.own for s in seen), key=badness, default=0.0))
     failed: dict[tuple[str, str], str] = {}
     for s in seen:
         if s.errors is None:
             continue
-        if not s.errors.worst <= allowed and (s.loss, s.variant) not in failed:
+        well = s.errors.worst <= allowed_error(computed, s.own) and s.errors.gradient64 <= CAPS[computed]
+        if not well and (s.loss, s.variant) not in failed:
             counts = {"ranks": ranks, "micro-batches": s.micro_batches} | dict(layout.counts)
             where = f"{s.loss}, {s.variant}" if s.variant else s.loss
-            failed[s.loss, s.variant] = f"{where}: {explain(s.errors, allowed, counts)}"
+            failed[s.loss, s.variant] = f"{where}: {explain(s.errors, allowed_error(computed, s.own), counts)}"
     failures += failed.values()
     found = [s.errors for s in seen if s.errors is not None]
     return Row(

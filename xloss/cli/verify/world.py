@@ -54,6 +54,7 @@ class Seen:
     loss: str
     variant: str
     errors: Errors | None
+    own: float = 0.0  # the one process's own error against float64
     micro_batches: int = 1
     refusal: str = ""
 
@@ -103,8 +104,8 @@ def run_layout(layout: Layout, cases: Sequence[LossCase], site: Site, references
                     raise
                 found.append(Seen(layout.name, case.name, variant, None, refusal=str(error)))
                 continue
-            errors = compare(outcomes, one, exact)
-            found.append(Seen(layout.name, case.name, variant, errors, len(setup.cut)))
+            errors, own = compare(outcomes, one, exact), compare(one, exact, exact).worst
+            found.append(Seen(layout.name, case.name, variant, errors, own, len(setup.cut)))
     return found
 
 
