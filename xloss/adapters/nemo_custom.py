@@ -17,11 +17,7 @@ from torch.nn import functional as F
 
 from xloss.distributed import Order, TokenRanks
 from xloss.errors import MissingFieldError, OptionError, UnsupportedError
-<<<<<<< HEAD
-from xloss.losses.base import BaseLossContext, TokenLoss, require
-=======
 from xloss.losses.base import BaseLossContext, TokenLoss
->>>>>>> calib
 from xloss.losses.config import BaseLossConfig
 from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken, require
 from xloss.metrics import Metric
@@ -112,23 +108,14 @@ class NemoKwargs(BaseLossKwargs):
 
     Args:
         data: as it is. places: of the tokens in their rows.
-<<<<<<< HEAD
         global_valid_seqs, global_valid_toks: of the global batch, 0-d. gradient_factor: of ``grad_reduce``.
-=======
-        global_valid_seqs, global_valid_toks: of the global batch, 0-d.
-        gradient_factor: on the loss, for what the training engine does to gradients, 0-d.
->>>>>>> calib
     """
 
     data: Any
     places: Annotated[Tensor, PerToken(pad=0)]
     global_valid_seqs: Annotated[Tensor | None, PerBatch()] = None
     global_valid_toks: Annotated[Tensor | None, PerBatch()] = None
-<<<<<<< HEAD
     gradient_factor: float = 1.0
-=======
-    gradient_factor: Annotated[Tensor | None, PerBatch()] = None
->>>>>>> calib
 
     def to(self, device: torch.device | str) -> Self:
         self.data = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.data.items()}
@@ -153,16 +140,9 @@ class NemoContext(BaseLossContext[BaseLossContextInputItem]):
             raise UnsupportedError("cu_seq_lens_list: functions for NeMo RL take rows, one sequence each")
         toks = ranks.sum([kwargs.shifted_labels != loss_cfg.ignore_idx for kwargs in kwargs_list])
         seqs = ranks.sum([kwargs.data["sample_mask"] for kwargs in kwargs_list])
-<<<<<<< HEAD
         for kwargs in kwargs_list:
             kwargs.global_valid_toks, kwargs.global_valid_seqs = toks.divisor(), seqs.divisor()
             kwargs.gradient_factor = ranks.gradient_factor(loss_cfg.grad_reduce)
-=======
-        factor = ranks.gradient_factor(loss_cfg.grad_reduce)
-        for kwargs in kwargs_list:
-            kwargs.global_valid_toks, kwargs.global_valid_seqs = toks.divisor(), seqs.divisor()
-            kwargs.gradient_factor = torch.full_like(kwargs.global_valid_toks, factor)
->>>>>>> calib
 
     def check_ready(self) -> None:
         require(
