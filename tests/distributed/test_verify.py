@@ -1,7 +1,8 @@
 """``xloss verify`` over two processes (gloo).
 
-Contract: right layouts pass, and exit status is 0; a bug planted in the calibration fails, with exit status 1, in the
-layouts that it breaks and in no other, and is told in words; it runs the same in processes that torchrun started.
+Contract: right layouts pass, and exit status is 0; a bug planted in the calibration, the split of sequences or of the
+vocabulary, or a refusal left out, fails with exit status 1 in the layouts that it breaks and in no other, and is told
+in words; it runs the same in processes that torchrun started.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch.multiprocessing as mp
 from xloss import CELossContext, TokenRanks
 from xloss.cli import app
 from xloss.distributed import ranks as rank_sums
+from xloss.head import dispatch, partials, runner
+from xloss.losses import build
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = "packing micro-batches ddp-no-sync fsdp2-root"
@@ -56,6 +59,32 @@ def test_too_few_processes_is_skipped_and_not_passed() -> None:
     assert (row["verdict"], row["note"], status) == ("skipped", "needs 2 processes", 1)
 
 
+BREAKS_ON_A_RANK = """
+import torch.distributed as dist
+from xloss import CELossConfig, CELossContext
+
+
+class Context(CELossContext):
+    def token_loss(self, stats, loss_kwargs):
+        if dist.is_initialized() and dist.get_rank() == 1:
+            raise RuntimeError("not on this rank")
+        return super().token_loss(stats, loss_kwargs)
+
+
+class Config(CELossConfig):
+    loss_ctx_cls = property(lambda self: Context)
+"""
+
+
+def test_a_rank_that_raises_fails_its_layout_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "breaks_on_a_rank.py").write_text(BREAKS_ON_A_RANK)
+    monkeypatch.chdir(tmp_path)
+    status, out = run("verify --loss breaks_on_a_rank:Config --layouts eager ddp fsdp2-root --json")
+    found = {name: (row["verdict"], row["failures"]) for name, row in rows(json.loads(out)).items()}
+    raised = ("FAIL", ["rank 1 raised RuntimeError: not on this rank"])
+    assert (status, found) == (1, {"eager": ("PASS", []), "ddp": raised, "fsdp2-root": raised})
+
+
 # -- planted bugs ------------------------------------------------------------------------------------------------------
 
 
@@ -74,19 +103,34 @@ def planted(bug: str) -> Iterator[None]:
             patch.setattr(rank_sums, "all_reduce_sum", lambda value, ranks=None: value)
         elif bug == "mean of means":
             patch.setattr(CELossContext, "calibrate", classmethod(mean_of_means))
+        elif bug == "parts of a sequence count twice":
+            patch.setattr(build, "TokenRanks", lambda ranks, counts: TokenRanks(ranks))
+        elif bug == "hidden gradient of a part of the vocabulary":
+            patch.setattr(runner, "begin_sum", lambda values, part: partials.Begun.done(values))
+        elif bug == "nothing refused":
+            patch.setattr(dispatch, "check_gradient_route", lambda *args, **kwargs: None)
         yield
 
 
-BUGS = ("none", "gradient factor", "missing all-reduce", "mean of means")
+BUGS = {
+    "none": (LAYOUTS, []),
+    "gradient factor": (LAYOUTS, ["ddp-no-sync", "fsdp2-root"]),
+    "missing all-reduce": (LAYOUTS, ["ddp-no-sync", "fsdp2-root"]),
+    "mean of means": (LAYOUTS, ["micro-batches", "ddp-no-sync", "fsdp2-root"]),
+    "parts of a sequence count twice": ("ddp sp", ["sp"]),
+    "hidden gradient of a part of the vocabulary": ("ddp tp", ["tp"]),
+    "nothing refused": ("ddp around-ddp", ["around-ddp"]),
+}
+"""What is run with each, and what must fail."""
 
 
 def worker(rank: int, folder: str, ports: list[int]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    for bug, port in zip(BUGS, ports, strict=True):
+    for (bug, (layouts, _)), port in zip(BUGS.items(), ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         with planted(bug):
-            status, out = run(f"verify --layouts {LAYOUTS} --losses ce --json")
+            status, out = run(f"verify --layouts {layouts} --losses ce --json")
         Path(folder, f"{bug}-{rank}.json").write_text(json.dumps({"status": status, "out": out}))
 
 
@@ -103,22 +147,25 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     return {bug: [json.loads((folder / f"{bug}-{rank}.json").read_text()) for rank in range(2)] for bug in BUGS}
 
 
-@pytest.mark.parametrize(
-    ("bug", "failing"),
-    [
-        ("none", []),
-        ("gradient factor", ["ddp-no-sync", "fsdp2-root"]),
-        ("missing all-reduce", ["ddp-no-sync", "fsdp2-root"]),
-        ("mean of means", ["micro-batches", "ddp-no-sync", "fsdp2-root"]),
-    ],
-)
-def test_planted_bugs_fail(ranks: dict[str, list[dict[str, Any]]], bug: str, failing: list[str]) -> None:
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_fail(ranks: dict[str, list[dict[str, Any]]], bug: str) -> None:
+    failing = BUGS[bug][1]
     first, second = ranks[bug]
     assert first["status"] == second["status"] == bool(failing)
     assert second["out"] == ""  # the first rank speaks for all
     report = json.loads(first["out"])
     assert report["verdict"]["failed"] == failing
     assert all(name in report["verdict"]["line"] for name in failing)
-    if bug == "gradient factor":
-        said = " ".join(rows(report)["ddp-no-sync"]["failures"])
-        assert "2x too small: divided by the number of ranks once too often" in said
+
+
+@pytest.mark.parametrize(
+    ("bug", "layout", "says"),
+    [
+        ("gradient factor", "ddp-no-sync", "2x too small: divided by the number of ranks once too often"),
+        ("parts of a sequence count twice", "sp", "2x too small: divided by the number of ranks once too often"),
+        ("hidden gradient of a part of the vocabulary", "tp", "and by no common factor"),
+        ("nothing refused", "around-ddp", "and by no common factor"),
+    ],
+)
+def test_planted_bugs_are_told(ranks: dict[str, list[dict[str, Any]]], bug: str, layout: str, says: str) -> None:
+    assert says in " ".join(rows(json.loads(ranks[bug][0]["out"]))[layout]["failures"])
