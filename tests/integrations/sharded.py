@@ -37,7 +37,6 @@ class Layout:
     units: tuple[tuple[str, ...], ...] = ()
     architecture: str = "llama"
     ddp: bool = False
-    reshard: bool = True
     checkpointing: bool = False
     peft: tuple[str, ...] = ()
 
@@ -45,16 +44,12 @@ class Layout:
 LAYOUTS = {
     "ddp": Layout(ddp=True),
     "ddp, tied, softcap": Layout(ddp=True, architecture="gemma 3 (tied)"),
-    "ddp, lora": Layout(ddp=True, peft=("q_proj",)),
     "root": Layout(),
     "root, tied, softcap": Layout(architecture="gemma 3 (tied)"),
     "root, checkpointing": Layout(checkpointing=True),
     "head of its own": Layout((("lm_head",),)),
-    "head of its own, kept": Layout((("lm_head",),), reshard=False),
     "norm and head": Layout((("model.norm", "lm_head"),)),
-    "embedding, norm and head": Layout((("model.embed_tokens",), ("model.norm", "lm_head"))),
     "embedding and head tied": Layout((("model.embed_tokens", "lm_head"),), architecture="llama, tied"),
-    "lora": Layout((("base_model.model.lm_head",),), peft=("q_proj",)),
     "lora on the head": Layout(peft=("q_proj", "lm_head")),
     "lora on a head of its own": Layout((("base_model.model.lm_head",),), peft=("lm_head",)),
 }
@@ -82,7 +77,7 @@ def wrap(layout: Layout, model: nn.Module) -> nn.Module:
         fully_shard(block, mesh=mesh)
     for names in layout.units:
         modules = [model.get_submodule(name) for name in names]
-        fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh, reshard_after_forward=layout.reshard)
+        fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy())
     return model
 
