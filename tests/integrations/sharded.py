@@ -39,13 +39,13 @@ class Layout:
     ddp: bool = False
     reshard: bool = True
     checkpointing: bool = False
-    peft: bool = False
+    peft: tuple[str, ...] = ()
 
 
 LAYOUTS = {
     "ddp": Layout(ddp=True),
     "ddp, tied, softcap": Layout(ddp=True, architecture="gemma 3 (tied)"),
-    "ddp, lora": Layout(ddp=True, peft=True),
+    "ddp, lora": Layout(ddp=True, peft=("q_proj",)),
     "root": Layout(),
     "root, tied, softcap": Layout(architecture="gemma 3 (tied)"),
     "root, checkpointing": Layout(checkpointing=True),
@@ -54,7 +54,9 @@ LAYOUTS = {
     "norm and head": Layout((("model.norm", "lm_head"),)),
     "embedding, norm and head": Layout((("model.embed_tokens",), ("model.norm", "lm_head"))),
     "embedding and head tied": Layout((("model.embed_tokens", "lm_head"),), architecture="llama, tied"),
-    "lora": Layout((("base_model.model.lm_head",),), peft=True),
+    "lora": Layout((("base_model.model.lm_head",),), peft=("q_proj",)),
+    "lora on the head": Layout(peft=("q_proj", "lm_head")),
+    "lora on a head of its own": Layout((("base_model.model.lm_head",),), peft=("lm_head",)),
 }
 
 
@@ -66,7 +68,7 @@ def model_of(layout: Layout) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(3)
-        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        config = LoraConfig(r=2, target_modules=list(layout.peft), init_lora_weights=False)
         model = get_peft_model(model, config)
     return attach(model).train()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -315,3 +316,30 @@ def test_the_batch_is_uneven_and_has_prompts_without_labels() -> None:
     ]
     assert {5, len(batch.lengths) - 2, len(batch.lengths) - 1} <= set(dead) and len(dead) < 8
     assert len(set(batch.lengths)) > 4 and min(batch.lengths) == 1
+
+
+# -- docs/verify.md ----------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "verify.md").read_text("utf-8")
+
+
+def test_the_page_lists_every_layout() -> None:
+    found = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (\d)(, even)? \|$", PAGE, re.MULTILINE)
+    ordered = sorted(LAYOUTS.values(), key=lambda layout: layout.refused)
+    assert found == [(x.name, x.what, str(max(x.ranks, 1)), ", even" * (x.multiple == 2)) for x in ordered]
+
+
+def test_the_page_shows_what_its_own_loss_prints(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    command, shown = re.findall(r"```sh\nxloss (verify --loss .*?)\n```\n```text\n(.*?)```", PAGE, re.DOTALL)[0]
+    (empty_folder / "my_losses.py").write_text(code)
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run(command)
+    printed = [line.rstrip() for line in out[out.index("FAIL micro") :].splitlines()]
+
+    def figures_left_out(lines: list[str]) -> str:
+        return re.sub(r"[\d.]+(e-\d+)?", "#", " ".join(" ".join(lines).split()))
+
+    assert status == 1
+    assert figures_left_out(printed) == figures_left_out(shown.splitlines())

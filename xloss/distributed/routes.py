@@ -23,10 +23,10 @@ from xloss.errors import UnsupportedError
 INSIDE = "run the loss inside the model's forward, within `with xloss.head_weight(self.lm_head) as head`"
 _MOST_NODES = 64  # of the graph between a parameter and the weight made of it
 _unit_of: Any = WeakIdKeyDictionary()  # gathered parameter -> unit of ``fully_shard`` that can gather it again
-_no_ddp: Any = WeakIdKeyDictionary()  # parameters that no DistributedDataParallel holds: looking takes a while
-_no_shard: Any = (
-    WeakIdKeyDictionary()
-)  # tensors that no unit of ``fully_shard`` holds; it makes new ones of what it does
+# Parameters that no DistributedDataParallel holds, and that are no shards: looking takes a while. A shard is a
+# parameter that fully_shard made, so one that is none never becomes one.
+_no_ddp: Any = WeakIdKeyDictionary()
+_no_shard: Any = WeakIdKeyDictionary()
 
 
 def check_gradient_route(tensor: Tensor | None, name: str, *, part: bool = False) -> None:
