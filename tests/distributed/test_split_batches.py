@@ -232,6 +232,14 @@ def chunks(mesh: DeviceMesh, rank: int) -> None:
         hidden = torch.zeros(1, piece.shifted_labels.shape[1], H, dtype=torch.float64)
         with pytest.raises(UnsupportedError, match="hold parts of them"):
             cfg.loss_ctx_cls(cfg, piece).forward(hidden, weight())
+    (own,) = OwnContext.build_batches_loss_kwargs([item().sp_split(mesh)], OwnConfig(), [BOUNDS], mesh)
+    pieces = own.chunk(3)
+    for piece in (pieces[0], OwnKwargs.cat(pieces[:2])):
+        hidden = torch.zeros(1, piece.shifted_labels.shape[1], H, dtype=torch.float64)
+        with pytest.raises(UnsupportedError, match="so the whole is lost"):
+            OwnContext(OwnConfig(), piece).forward(hidden, weight())
+    again = OwnContext(OwnConfig(grad_reduce="mean"), OwnKwargs.cat(pieces))
+    same(WORLD * backward(OwnContext.build_batches([again], [BOUNDS], mesh), mesh)[0], alone(OwnConfig(), [item()]))
 
 
 # -- bounds and numbers ------------------------------------------------------------------------------------------------
