@@ -156,7 +156,6 @@ CASES = (
     Case(head_backward, "head_dlogits_kernel", "bf16, entropy", _head_dlogits(_BF16)),
     Case(head_backward, "head_dlogits_kernel", "bf16, every option", _head_dlogits(_BF16, full=True)),
     Case(finalize, "finalize_kernel", "126 splits", _finalize),
-    Case(finalize, "merge_kernel", "126 splits", lambda arch: finalize.merge_partials(torch.empty(126, 6, 256))),
     Case(
         scale,
         "scale_kernel",

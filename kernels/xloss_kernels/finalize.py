@@ -1,8 +1,6 @@
-"""Partial statistics of vocabulary splits (or shards) -> the outputs of `row_stats`, in a fixed order.
+"""Partial statistics of vocabulary splits -> the outputs of `row_stats`, in a fixed order.
 
-The layout is in head_forward.py. `merge_partials` folds a rank's splits into one, [1, 6, T], so that the payload of a
-vocab-parallel reduction is six numbers a token: gather it over the ranks along axis 0, take the maximum of
-label_logits, and `finalize` with the whole vocabulary's size.
+Their layout is in head_forward.py.
 """
 
 from __future__ import annotations
@@ -55,21 +53,6 @@ def finalize_kernel(partials, label_logits, labels, lse, logprobs, entropy, mean
                 lse, entropy, mean_logit, sum_p2, top1)  # fmt: skip
 
 
-@triton.jit
-def merge_kernel(partials, merged, num_splits, num_tokens, ENTROPY: tl.constexpr, MEAN: tl.constexpr,
-                 SUM_P2: tl.constexpr, TOP1: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_mask = rows < num_tokens
-    peak, total, moment, square, plain, best = load_merged(
-        partials, rows, row_mask, num_splits, num_tokens, ENTROPY, MEAN, SUM_P2, TOP1, SPLITS)  # fmt: skip
-    tl.store(merged + rows, peak, mask=row_mask)
-    tl.store(merged + num_tokens + rows, total, mask=row_mask)
-    tl.store(merged + 2 * num_tokens + rows, moment, mask=row_mask)
-    tl.store(merged + 3 * num_tokens + rows, square, mask=row_mask)
-    tl.store(merged + 4 * num_tokens + rows, plain, mask=row_mask)
-    tl.store(merged + 5 * num_tokens + rows, best.to(tl.float32), mask=row_mask)
-
-
 def _launch_shape(partials: torch.Tensor) -> tuple[int, int, dict[str, object]]:
     assert (
         partials.ndim == 3 and partials.shape[1] == 6 and partials.dtype == torch.float32 and partials.is_contiguous()
@@ -112,16 +95,3 @@ def finalize(
             num_splits=partials.shape[0], num_tokens=num_tokens, num_labels=num_labels, num_vocab=num_vocab,
             ignore_index=ignore_index, **options)  # fmt: skip
     return stats
-
-
-def merge_partials(
-    partials: torch.Tensor, *, entropy: bool = False, mean_logit: bool = False, sum_p2: bool = False, top1: bool = False
-) -> torch.Tensor:
-    """Fold partials [num_splits, 6, T] into [1, 6, T]; rows of statistics not asked for are 0."""
-    num_tokens, programs, options = _launch_shape(partials)
-    merged = torch.empty(1, 6, num_tokens, dtype=torch.float32, device=partials.device)
-    if num_tokens:
-        merge_kernel[(programs,)](
-            partials, merged, partials.shape[0], num_tokens, ENTROPY=entropy, MEAN=mean_logit, SUM_P2=sum_p2, TOP1=top1,
-            **options)  # fmt: skip
-    return merged

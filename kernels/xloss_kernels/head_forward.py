@@ -5,13 +5,13 @@ folds them into a running softmax per token, and writes one partial. `finalize.p
 order. No atomics, and tiles depend on dtype and architecture alone: a token's result does not depend on the tokens
 around it.
 
-Layout of the partials, which is also the payload of a vocab-parallel reduction (concatenate along axis 0):
+Layout of the partials (those of several parts of a vocabulary are concatenated along axis 0):
 
     partials      float32 [num_splits, 6, T], one row each of
                   max z | sum e | sum (z - max) e | sum e^2 | sum z | lowest argmax id,  e = exp(z - max);
                   rows whose statistic was not asked for are not written
     label_logits  float32 [T] or [T, K]: effective logit of each label, -inf where the label is not in this shard
-                  (ranks merge by maximum)
+                  (parts merge by maximum)
 """
 
 from __future__ import annotations

@@ -96,7 +96,6 @@ def test_sizes_of_one(arch: int):
         (head_forward, "head_forward_kernel",
          lambda: head_forward.head_forward(operand, operand, label, tile=tile, **everything)),
         (finalize, "finalize_kernel", lambda: finalize.finalize(torch.zeros(1, 6, 1), vector, label, 1, **everything)),
-        (finalize, "merge_kernel", lambda: finalize.merge_partials(torch.zeros(1, 6, 1), **everything)),
         (head_backward, "head_dlogits_kernel",
          lambda: head_backward.head_dlogits(operand, operand, label, vector, d_logprobs=vector, tile=tile)),
         (scale, "scale_kernel", lambda: scale.cast_scale(vector, torch.bfloat16, vector)),

@@ -1,6 +1,6 @@
 """One global batch over four processes (gloo), cut at random: data x sequence x tensor parallel.
 
-Contract: every loss and every reduction, its sequences dealt at random to ranks and micro-batches (some ranks with no
+Contract: a loss under any reduction, its sequences dealt at random to ranks and micro-batches (some ranks with no
 micro-batch, some with nothing but ignored tokens), packed or padded, split over sequence-parallel ranks or not, held
 twice by tensor-parallel ranks or not, gives the loss, gradients and metrics of one process. Calibration is one sum over
 the ranks, the same collectives on every rank whatever its data.
@@ -31,7 +31,8 @@ pytestmark = pytest.mark.distributed
 WORLD = 4
 GRIDS = {"dp4": (4, 1, 1), "dp2-sp2": (2, 2, 1), "dp2-tp2": (2, 1, 2), "sp4": (1, 4, 1), "sp2-tp2": (1, 2, 2)}
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
-CASES = PLAIN | {f"reduction-{n}": c for n, c in reduction_forms().items()}
+CASES = dict(list(PLAIN.items())[::2]) | {f"reduction-{n}": c for n, c in reduction_forms().items()}
+"""Half of the losses (`test_sequence_parallel` has them all) and every reduction."""
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,14 @@ def chunks(mesh: DeviceMesh, rank: int) -> None:
         hidden = torch.zeros(1, piece.shifted_labels.shape[1], H, dtype=torch.float64)
         with pytest.raises(UnsupportedError, match="hold parts of them"):
             cfg.loss_ctx_cls(cfg, piece).forward(hidden, weight())
+    (own,) = OwnContext.build_batches_loss_kwargs([item().sp_split(mesh)], OwnConfig(), [BOUNDS], mesh)
+    pieces = own.chunk(3)
+    for piece in (pieces[0], OwnKwargs.cat(pieces[:2])):
+        hidden = torch.zeros(1, piece.shifted_labels.shape[1], H, dtype=torch.float64)
+        with pytest.raises(UnsupportedError, match="so the whole is lost"):
+            OwnContext(OwnConfig(), piece).forward(hidden, weight())
+    again = OwnContext(OwnConfig(grad_reduce="mean"), OwnKwargs.cat(pieces))
+    same(WORLD * backward(OwnContext.build_batches([again], [BOUNDS], mesh), mesh)[0], alone(OwnConfig(), [item()]))
 
 
 # -- bounds and numbers ------------------------------------------------------------------------------------------------
@@ -328,6 +336,7 @@ def shares_of_the_loss(mesh: DeviceMesh, rank: int) -> None:
         (whole,) = OwnContext.build_batches_loss_kwargs([item()], cfg, [BOUNDS])
         want, wanted = OwnContext(cfg, whole).forward(tensors()["hidden"], weight())
         same(sp_gather(loss.detach().reshape(1), mesh).sum(), want.detach())
+        assert "statistics of 2 sequence-parallel ranks are gathered" in info.plan.reasons
         assert (info.token_loss is None) == scalar
         if info.token_loss is not None and wanted.token_loss is not None:
             same(sp_gather(info.token_loss, mesh, length=T), wanted.token_loss)
@@ -352,6 +361,8 @@ def refused(mesh: DeviceMesh, rank: int) -> None:
         ce().sp_split(mesh).sp_split(mesh)
     with pytest.raises(ShapeError, match="parts of 4 tokens on 2 ranks in order='head_tail'; shifted_labels has 13"):
         ce().sp_parts(mesh, "head_tail", length=7)
+    with pytest.raises(OptionError, match=r"sp_mesh must hold its ranks in ascending order; got \[1, 0\]"):
+        ce().sp_split(DeviceMesh("cpu", [1, 0]))
     grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("sp", "dp"))
     with pytest.raises(OptionError, match=r"data_mesh must hold the ranks of sp_mesh, \[0, 1\]"):
         ctx_cls.build_batches_loss_kwargs([ce().sp_split(grid["sp"])], cfg, [BOUNDS], grid["sp"], grid["dp"])

@@ -31,7 +31,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         split: vocab_ranks.spawn(
             tmp_path_factory.mktemp(split),
             len(SPLITS[split]),
-            {"losses": partial(vocab_ranks.losses, split), "statistics": partial(vocab_ranks.primitives, split)},
+            {name: partial(getattr(vocab_ranks, name), split) for name in ("losses", "primitives", "dead")},
         )
         for split in SPLITS
     }
@@ -60,7 +60,7 @@ def test_every_statistic_and_adjoint(seen: dict[str, list[Any]], split: str, kin
     total = torch.stack([(x[n] * getattr(stats, n)).sum() for n in oracle.STATISTICS]).sum()
     want = {n: getattr(stats, n) for n in oracle.STATISTICS}
     want |= dict(zip(("d hidden", "d weight", "d bias"), oracle.grads(total, leaves), strict=True))
-    ranks = [r["statistics"][kind, way] for r in seen[split]]
+    ranks = [r["primitives"][kind, way] for r in seen[split]]
     order = sorted(range(len(ranks)), key=lambda r: SPLITS[split][r])
     got = ranks[0] | {n: torch.cat([ranks[r][n] for r in order]) for n in ("d weight", "d bias")}
     for name, theirs in want.items():
@@ -68,3 +68,13 @@ def test_every_statistic_and_adjoint(seen: dict[str, list[Any]], split: str, kin
     assert torch.equal(got["top1"], stats.top1)
     for name in (*oracle.STATISTICS, "top1", "d hidden"):
         assert all(torch.equal(r[name], ranks[0][name]) for r in ranks[1:])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_batches_without_a_token(seen: dict[str, list[Any]], split: str) -> None:
+    """The loss and all gradients are 0, and ranks stay in step."""
+    for rank, found in enumerate(seen[split]):
+        start, stop = SPLITS[split][rank]
+        for got in found["dead"]:
+            assert got["weight"].shape == (stop - start, 5)
+            assert not any(bool(x.any()) for x in got.values())

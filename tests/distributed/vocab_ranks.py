@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.property.registry import PLAIN
 from tests.property.world import VOCAB, WORLD, Case, Result
-from xloss import VocabShard, linear_logprobs
+from xloss import CELossConfig, CELossContextInputItem, VocabShard, linear_logprobs
 
 SPLITS: dict[str, tuple[tuple[int, int], ...]] = {
     "two": ((0, 7), (7, 11)),
@@ -103,6 +103,30 @@ def statistics(bounds: tuple[tuple[int, int], ...], rank: int, kind: str, **how:
 def primitives(split: str, rank: int) -> Callable[[], dict[tuple[str, str], Any]]:
     return lambda: {(kind, way): statistics(SPLITS[split], rank, kind, **how)
                     for kind in STATISTICS for way, how in WAYS.items()}  # fmt: skip
+
+
+def dead(split: str, rank: int) -> Callable[[], list[dict[str, Tensor]]]:
+    """Batches without a token of the loss: none at all, and ignored ones whose hidden states are NaN."""
+    built = []
+    for tokens in (0, 5):
+        for run in RUNS.values():
+            cfg = CELossConfig(label_smoothing=0.1, z_loss_coef=0.1, grad_reduce="sum", **run)
+            item = CELossContextInputItem(shifted_labels=torch.full((1, tokens), -100))
+            (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)
+            built.append(cfg.loss_ctx_cls(cfg, kwargs))
+
+    def run_all() -> list[dict[str, Tensor]]:
+        found = []
+        for ctx in built:
+            hidden = torch.full((1, ctx.loss_kwargs.shifted_labels.shape[1], 5), torch.nan, dtype=torch.float64)
+            x = {n: primitive(0)[n].requires_grad_() for n in ("weight", "bias")}
+            head = shard(x, SPLITS[split], rank)
+            loss, _ = ctx.forward(hidden.requires_grad_(), head)
+            grads = torch.autograd.grad(loss, [hidden, head.weight])
+            found.append({"loss": loss.detach(), "hidden": grads[0], "weight": grads[1]})
+        return found
+
+    return run_all
 
 
 def losses(split: str, rank: int) -> Callable[[], dict[tuple[str, str], Any]]:

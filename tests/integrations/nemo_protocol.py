@@ -1,5 +1,5 @@
 """NeMo RL's loss protocol, restated from its documentation (``nemo_rl.algorithms.loss.interfaces`` of 0.8), for the
-package itself is not on the registry: three enums, the frames of a batch, and how a trainer calls a loss.
+package itself cannot be installed: three enums, the frames of a batch, and how a trainer calls a loss.
 """
 
 from __future__ import annotations

@@ -37,24 +37,21 @@ class Layout:
     units: tuple[tuple[str, ...], ...] = ()
     architecture: str = "llama"
     ddp: bool = False
-    reshard: bool = True
     checkpointing: bool = False
-    peft: bool = False
+    peft: tuple[str, ...] = ()
 
 
 LAYOUTS = {
     "ddp": Layout(ddp=True),
     "ddp, tied, softcap": Layout(ddp=True, architecture="gemma 3 (tied)"),
-    "ddp, lora": Layout(ddp=True, peft=True),
     "root": Layout(),
     "root, tied, softcap": Layout(architecture="gemma 3 (tied)"),
     "root, checkpointing": Layout(checkpointing=True),
     "head of its own": Layout((("lm_head",),)),
-    "head of its own, kept": Layout((("lm_head",),), reshard=False),
     "norm and head": Layout((("model.norm", "lm_head"),)),
-    "embedding, norm and head": Layout((("model.embed_tokens",), ("model.norm", "lm_head"))),
     "embedding and head tied": Layout((("model.embed_tokens", "lm_head"),), architecture="llama, tied"),
-    "lora": Layout((("base_model.model.lm_head",),), peft=True),
+    "lora on the head": Layout(peft=("q_proj", "lm_head")),
+    "lora on a head of its own": Layout((("base_model.model.lm_head",),), peft=("lm_head",)),
 }
 
 
@@ -66,7 +63,7 @@ def model_of(layout: Layout) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(3)
-        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        config = LoraConfig(r=2, target_modules=list(layout.peft), init_lora_weights=False)
         model = get_peft_model(model, config)
     return attach(model).train()
 
@@ -80,7 +77,7 @@ def wrap(layout: Layout, model: nn.Module) -> nn.Module:
         fully_shard(block, mesh=mesh)
     for names in layout.units:
         modules = [model.get_submodule(name) for name in names]
-        fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh, reshard_after_forward=layout.reshard)
+        fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy())
     return model
 

@@ -362,6 +362,10 @@ def test_heads_that_are_more_than_a_product_raise() -> None:
 
     model = build("llama")
     model.lm_head.__class__ = Doubling
+    with pytest.raises(OptionError, match="forward of its own"):
+        attach(model)
+    model = build("llama")
+    model.lm_head.forward = lambda x: 2 * x
     with pytest.raises(UnsupportedError, match="forward of its own"):
         attach(model)
 

@@ -1,9 +1,11 @@
-"""Contract: PEFT around an attached model, and ``attach`` around PEFT, have the adapters' gradients of PEFT alone; an
-adapter on the head is refused, at attach or when it trains.
+"""Contract: PEFT around an attached model, and ``attach`` around PEFT, have the gradients of PEFT alone: of adapters in
+the backbone, of adapters on the head, of a head trained whole. A variant of LoRA on the head is refused, at attach or
+when it trains.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,9 +32,15 @@ def wrapped(model: Any, **options: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **targets), autocast_adapter_dtype=False)
 
 
-ORDERS = {
-    "before": lambda: wrapped(attach(build("llama"))),
-    "after": lambda: attach(wrapped(build("llama"))),
+ORDERS: dict[str, Callable[..., Any]] = {
+    "before": lambda **options: wrapped(attach(build("llama")), **options),
+    "after": lambda **options: attach(wrapped(build("llama"), **options)),
+}
+WHERE: dict[str, dict[str, Any]] = {
+    "backbone": {},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "head, rank-stabilised": {"target_modules": ["lm_head"], "use_rslora": True, "lora_alpha": 5},
+    "head trained whole": {"modules_to_save": ["lm_head"]},
 }
 
 
@@ -41,20 +49,23 @@ def run(model: Any) -> Gradients:
     return gradients(model)
 
 
-def compare(order: str) -> float:
-    return worst(run(ORDERS[order]()), run(wrapped(build("llama"))))
+def compare(order: str, where: str) -> float:
+    return worst(run(ORDERS[order](**WHERE[where])), run(wrapped(build("llama"), **WHERE[where])))
 
 
 COMPARISONS = [
-    Comparison("xloss.hf.attach", "peft", f"LoRA, attached {order} it", partial(compare, order)) for order in ORDERS
+    Comparison("xloss.hf.attach", "peft", f"LoRA attached {order} it, {where}", partial(compare, order, where))
+    for order in ORDERS
+    for where in WHERE
 ]
 
 
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("order", ORDERS)
-def test_adapters_have_their_gradients(order: str) -> None:
-    assert compare(order) <= budgets.F32_GRADIENT
-    model = ORDERS[order]()
-    assert is_attached(model) and all("lora" in name for name in run(model))
+def test_adapters_have_their_gradients(order: str, where: str) -> None:
+    assert compare(order, where) <= budgets.F32_GRADIENT
+    model = ORDERS[order](**WHERE[where])
+    assert is_attached(model) and model.train()(**batch()).logits is None
     assert detach(model) is model and not is_attached(model)
 
 
@@ -80,12 +91,21 @@ def test_names_merging_and_switching_off_are_those_of_peft() -> None:
     assert is_attached(merged) and merged.train()(**data).loss.isfinite()
 
 
-@pytest.mark.parametrize("where", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
-def test_an_adapter_on_the_head_raises(where: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError, match="PEFT adapter"):
+def test_switching_the_adapter_off_switches_its_head_off() -> None:
+    model, data = ORDERS["before"](modules_to_save=["lm_head"]), batch()
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(0.5)
+    with torch.no_grad(), model.disable_adapter():
+        without = model.train()(**data).loss
+    assert without != model(**data).loss
+
+
+def test_a_variant_of_lora_on_the_head_raises() -> None:
+    where = {"target_modules": ["lm_head"], "use_dora": True}
+    with pytest.raises(UnsupportedError, match="not W"):
         attach(wrapped(build("llama"), **where))
     model = wrapped(attach(build("llama")), **where)
-    with pytest.raises(UnsupportedError, match="PEFT adapter"):
+    with pytest.raises(UnsupportedError, match="not W"):
         model.train()(**batch())
 
 

@@ -238,6 +238,7 @@ def test_an_empty_micro_batch_is_zero() -> None:
         (lambda: NemoLoss(CELossConfig(loss_reduction="sum")), OptionError, "TOKEN_LEVEL"),
         (lambda: NemoLoss(CELossConfig(temperature=0.5)), OptionError, "about the head"),
         (lambda: NemoLoss(CELossConfig(label_smoothing=0.1)), MissingFieldError, "vocab_size"),
+        (lambda: NemoLoss(preset("xtuner/oreal")), UnsupportedError, "counts of its own"),
         (lambda: NemoLoss(preset("kto")), UnsupportedError, "alternating"),
         (lambda: NemoLoss(PreferenceLossConfig(loss_type=["sigmoid", "sft"])), UnsupportedError, "nll_reduction"),
         (
@@ -264,6 +265,9 @@ def test_batches_that_lack_something_raise() -> None:
         loss_fn(data, torch.tensor(3.0), torch.tensor(9.0))
     with pytest.raises(MissingFieldError, match="advantages"):
         call(loss_fn, {k: v for k, v in data.items() if k != "advantages"}, logits)
+    without = {k: v for k, v in data.items() if k not in ("generation_logprobs", "prev_logprobs")}
+    loss, figures = call(loss_fn, without, logits, seqs=3, toks=9)  # whole numbers, and on-policy
+    assert loss.isfinite() and figures["probs_ratio"] > 0 and "gen_kl_error" not in figures
     with pytest.raises(MissingFieldError, match="ref_logprobs"):
         call(loss_fn, {k: v for k, v in data.items() if k != "reference_policy_logprobs"}, logits)
     with pytest.raises(UnsupportedError, match="top-k or top-p"):

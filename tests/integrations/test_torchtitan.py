@@ -172,6 +172,9 @@ def test_lm_head_is_left_as_it_was() -> None:
     x, labels = data()
     loss_fn(model(x), labels, TOTAL)
     assert "forward" not in vars(model.lm_head) and model.lm_head(model(x)).shape == (B, L, V)
+    model.lm_head.forward = wrapped = partial(nn.Linear.forward, model.lm_head)  # as torchtitan's parallelize does
+    loss_fn(model(x), labels, TOTAL)
+    assert model.lm_head.forward is wrapped
     with pytest.raises(OptionError, match="advantagse"):
         loss_fn(model(x), labels, TOTAL, advantagse=torch.zeros(B, L))
 

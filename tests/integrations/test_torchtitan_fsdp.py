@@ -1,12 +1,14 @@
 """Contract: under FSDP2 ``XlossLoss`` gives every gradient that torchtitan's own ``ChunkedLossWrapper`` gives, in each
 layout of the head that torchtitan makes: a unit of its own, grouped with the norm, owned by the root; for two steps,
-the second of two micro-batches. Two processes over gloo, each with its half of the batch.
+the second of two micro-batches. Two processes over gloo, each with its half of the batch. And with tensor parallelism,
+both with the same batch and half of the head.
 """
 
 from __future__ import annotations
 
 import datetime
-from functools import partial
+import tempfile
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests import budgets
 from tests.integrations.comparisons import Comparison, worst
@@ -24,7 +28,8 @@ need("torchtitan")
 pytestmark = pytest.mark.distributed
 
 WORLD, B, L, D, V = 2, 2, 8, 12, 31
-LAYOUTS = ("head alone", "norm and head", "root")
+LAYOUTS = ("FSDP2: head alone", "FSDP2: norm and head", "FSDP2: root")
+TENSOR_PARALLEL = "lm_head split over the vocabulary"
 WAYS = ("torchtitan", "xloss")
 
 
@@ -68,9 +73,9 @@ def sharded(layout: str) -> Any:
 
     model = Decoder()
     fully_shard(model.body)
-    if layout == "head alone":
+    if layout == LAYOUTS[0]:
         fully_shard(model.lm_head)
-    elif layout == "norm and head":
+    elif layout == LAYOUTS[1]:
         fully_shard([model.norm, model.lm_head], reshard_after_forward=False)
     fully_shard(model)
     return model
@@ -93,6 +98,22 @@ def steps(layout: str, way: str, rank: int) -> dict[str, Tensor]:
     return found
 
 
+def tensor_parallel(way: str) -> dict[str, Tensor]:
+    """Whole gradients where both ranks have the same tokens and half of the vocabulary each."""
+    from torchtitan.distributed.utils import set_spmd_backend
+
+    set_spmd_backend("partial_dtensor")  # of torchtitan's two ways, that with DTensors
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
+    model, loss_fn = Decoder(), loss_of(way)
+    model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+    loss_fn.set_lm_head(model.lm_head)
+    ((x, labels),) = micro_batches(0, 1)
+    hidden_states = DTensor.from_local(model(x), mesh, [Replicate()])
+    loss_fn(hidden_states, labels, (labels != -100).sum())[0].backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -100,6 +121,7 @@ def run_rank(rank: int, folder: str) -> None:
     )
     try:
         found = {f"{layout}/{way}": steps(layout, way, rank) for layout in LAYOUTS for way in WAYS}
+        found |= {f"{TENSOR_PARALLEL}/{way}": tensor_parallel(way) for way in WAYS}
         if rank == 0:
             torch.save(found, Path(folder) / "found.pt")
     finally:
@@ -129,7 +151,7 @@ def alone() -> dict[str, Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, TENSOR_PARALLEL])
 def test_gradients_are_torchtitans(found: dict[str, dict[str, Tensor]], layout: str) -> None:
     assert worst(found[f"{layout}/xloss"], found[f"{layout}/torchtitan"]) <= budgets.FLOAT32_FLOOR
 
@@ -139,13 +161,17 @@ def test_gradients_are_those_of_one_process(found: dict[str, dict[str, Tensor]],
     assert worst(found[f"{layout}/xloss"], alone()) <= budgets.FLOAT32_FLOOR
 
 
-def difference(layout: str) -> float:
-    import tempfile
-
+@cache
+def everything() -> dict[str, dict[str, Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
-        both = spawned(Path(folder))
-    return worst(both[f"{layout}/xloss"], both[f"{layout}/torchtitan"])
+        return spawned(Path(folder))
+
+
+def difference(layout: str) -> float:
+    return worst(everything()[f"{layout}/xloss"], everything()[f"{layout}/torchtitan"])
 
 
 ADAPTER = "xloss.adapters.torchtitan"
-COMPARISONS = [Comparison(ADAPTER, "torchtitan", f"FSDP2 on 2 ranks, {x}", partial(difference, x)) for x in LAYOUTS]
+COMPARISONS = [
+    Comparison(ADAPTER, "torchtitan", f"2 ranks, {x}", partial(difference, x)) for x in [*LAYOUTS, TENSOR_PARALLEL]
+]

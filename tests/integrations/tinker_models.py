@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from xloss.tinker import LanguageModel, ServiceClient, from_transformers
@@ -48,3 +49,41 @@ def make_model(base_model: str, lora_rank: int | None) -> LanguageModel:
 
 def service(folder: Path) -> ServiceClient:
     return ServiceClient(make_model, checkpoint_dir=folder)
+
+
+LENGTHS, VOCAB = (7, 3, 5, 4), 99
+
+
+def rollouts(seed: int = 0) -> list[Any]:
+    """Datums of tinker, advantages of both signs."""
+    import tinker
+
+    random = np.random.default_rng(seed)
+    return [
+        tinker.Datum(
+            model_input=tinker.ModelInput.from_ints(random.integers(0, VOCAB, n).tolist()),
+            loss_fn_inputs={
+                "target_tokens": random.integers(0, VOCAB, n),
+                "logprobs": -4 * random.random(n) - 3,
+                "advantages": torch.tensor(random.standard_normal(n), dtype=torch.float32),
+            },
+        )
+        for n in LENGTHS
+    ]
+
+
+def supervised(seed: int = 0) -> list[Any]:
+    """The same sequences with weights."""
+    import tinker
+
+    random = np.random.default_rng(seed)
+    return [
+        tinker.Datum(
+            d.model_input,
+            {
+                "target_tokens": d.loss_fn_inputs["target_tokens"],
+                "weights": random.random(len(d.loss_fn_inputs["logprobs"].data)),
+            },
+        )
+        for d in rollouts(seed)
+    ]

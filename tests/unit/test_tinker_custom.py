@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.tinker_data import alone, check, client_of, grads, ints, same, supervised, want
+from tests.unit.tinker_data import VOCAB, alone, check, client_of, grads, ints, same, supervised, want
 from xloss.errors import GraphError, NonFiniteError, OptionError
-from xloss.tinker import Datum
+from xloss.tinker import Datum, passes
 
 
 def variance(data: list[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -93,3 +93,25 @@ def test_custom_losses_that_are_none(fn: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         client.forward_backward_custom(supervised(), fn)
     assert all(p.grad is None for p in client.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"), [({}, True), ({"logits_budget": 2000}, False), ({"max_pack_tokens": 8}, True)]
+)
+def test_logits_are_kept_within_the_budget(
+    options: dict[str, Any], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default they are, so that the head's products are as many as in one pass; packs share a budget."""
+    seen = []
+    ours = passes.linear_logprobs
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["logits_budget"])
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(passes, "linear_logprobs", noted)
+    data = supervised()
+    client_of(**options).forward_backward_custom(data, variance)
+    needed = 8 * VOCAB * sum(len(d.model_input) for d in data)
+    assert (sum(seen) >= needed) == kept
+    assert len(set(seen)) == 1 and sum(seen) <= options.get("logits_budget", 1 << 30)

@@ -117,6 +117,7 @@ def _with(tokens: Any = None, **inputs: Any) -> list[Datum]:
         (_with(clip_low_threshold=[1.0] * 3), "ppo", None, OptionError, "loss_fn_config"),
         (_with(mask=[0.5] * 3), "ppo", None, OptionError, "0 and 1"),
         (_with() + _with(ref_logprobs=[0.0] * 3), "ppo", None, MissingFieldError, "others have it"),
+        (_with(), "kimi", {"kl": 0.0}, OptionError, "no use for kl"),
         (_with(), "pppo", None, OptionError, "Did you mean 'ppo'"),
         (_with(), len, None, OptionError, "forward_backward_custom"),
         (_with(), "stable_reinforce", None, UnsupportedError, "not public"),
@@ -141,6 +142,16 @@ def test_bad_input_raises(data: Any, loss_fn: Any, config: Any, error: type[Exce
     assert all(p.grad is None for p in client.model.parameters())
 
 
+def test_an_input_is_in_all_sequences_or_in_none() -> None:
+    """In whatever pack they are; a mask may be in some."""
+    client, data = client_of(max_pack_tokens=3), rollouts((3, 3, 3))
+    data[0].loss_fn_inputs["mask"] = torch.tensor([0, 1, 1])
+    client.forward(data, "ppo")
+    data[2].loss_fn_inputs["old_logprobs"] = torch.zeros(3)
+    with pytest.raises(MissingFieldError, match=r"data\[0\] has no old_logprobs"):
+        client.forward(data, "ppo")
+
+
 def test_losses_of_several_sequences_want_one_pack() -> None:
     client, data = client_of(max_pack_tokens=8), supervised()
     for datum in data:
@@ -161,6 +172,12 @@ def test_losses_of_several_sequences_want_one_pack() -> None:
 def test_bad_clients_raise(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         TrainingClient(**{"model": attention_model()} | arguments)
+
+
+def test_several_processes_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xloss.distributed.world_size", lambda: 2)
+    with pytest.raises(UnsupportedError, match="one process"):
+        client_of()
 
 
 def test_a_head_that_is_not_its_weight_raises() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.tinker_data import LENGTHS, TINKER, VOCAB, client_of, grads, rollouts, supervised
+from tests.unit.tinker_data import LENGTHS, TINKER, VOCAB, client_of, grads, ints, rollouts, same, supervised, want
 from xloss import PreferenceLossConfig
 from xloss.losses.catalog import catalog
 from xloss.tinker import Datum, TrainingClient, loss_names
@@ -73,3 +73,16 @@ def test_a_preset_keeps_its_reduction() -> None:
     assert mean == pytest.approx(total / sum(LENGTHS), rel=1e-9)
     summed = client.forward(data, "dapo", config | {"loss_reduction": "sum"}).result().metrics["loss:sum"]
     assert summed == pytest.approx(total, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["topk_kd", "topk_kd_tail", "topk_kd_renormalized"])
+def test_log_probs_beside_a_teachers(name: str) -> None:
+    """The head looks up a teacher's tokens too; those of the targets come out, also at weight 0."""
+    client, data = client_of(), supervised()
+    for datum, length in zip(data, LENGTHS, strict=True):
+        teacher = torch.randn(length, 4).double().log_softmax(-1)
+        datum.loss_fn_inputs.update(teacher_topk_ids=ints(length, 4), teacher_topk_logprobs=teacher)
+        datum.loss_fn_inputs["weights"][:1] = 0
+    out = client.forward_backward(data, name).result()
+    assert out.metrics["loss:sum"] != 0
+    same([x["logprobs"] for x in out.loss_fn_outputs], want(client.model, data, lambda lp, d: lp)[0])

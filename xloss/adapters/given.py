@@ -14,6 +14,8 @@ from xloss.losses.base import BaseLossContext
 from xloss.losses.config import BaseLossConfig
 from xloss.losses.evaluation import StatsLoss, loss_from_stats
 from xloss.losses.metric_names import Framework, rename_metrics
+from xloss.losses.mtp import MTPLossConfig
+from xloss.losses.oreal import OrealLossConfig
 from xloss.losses.reduced import ReducedLossConfig
 from xloss.metrics import Metric
 from xloss.stats import TokenStats
@@ -42,6 +44,12 @@ def checked(
         raise UnsupportedError(
             f"{framework} has denominators of its own: that takes a config with loss_reduction, such as GRPOLossConfig "
             f"or CELossConfig; got {type(config).__name__}"
+        )
+
+    if isinstance(config, (MTPLossConfig, OrealLossConfig)):
+        raise UnsupportedError(
+            f"{type(config).__name__} has counts of its own over the global batch, or heads of its own, of which "
+            f"{framework} does not know"
         )
 
     def is_set(name: str) -> bool:

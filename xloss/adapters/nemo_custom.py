@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from xloss.distributed import Order, TokenRanks
 from xloss.errors import MissingFieldError, OptionError, UnsupportedError
-from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss
 from xloss.losses.config import BaseLossConfig
-from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
+from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken, require
 from xloss.metrics import Metric
 from xloss.stats import TokenStats
 

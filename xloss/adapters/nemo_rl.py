@@ -156,7 +156,9 @@ class NemoLoss:
         """Figures by NeMo RL's names, each divided by its count in ``of``, by the loss's own, or by nothing."""
         out: dict[str, Any] = {"num_valid_samples": num_samples}
         for ours, (name, kind) in self.kinds.items():
-            metric = found.metrics[ours]
+            metric = found.metrics.get(ours)
+            if metric is None:  # of a field that this batch does not have
+                continue
             if kind == "none":
                 out[name] = metric.value if torch.isfinite(metric.value) else _EXTREMES[name]
             else:

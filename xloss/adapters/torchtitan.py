@@ -65,7 +65,7 @@ class XlossLoss(ChunkedLossWrapper):  # type: ignore[misc]
 
         Raises:
             MissingFieldError: no ``lm_head`` yet, or the loss needs a field. OptionError: it knows no such field.
-            UnsupportedError: a tensor-parallel head.
+            UnsupportedError: a tensor-parallel head beside plain hidden states.
         """
         if self.lm_head is None:
             raise MissingFieldError("set_lm_head(lm_head) must come before the first loss")
@@ -75,8 +75,11 @@ class XlossLoss(ChunkedLossWrapper):  # type: ignore[misc]
 
         def inside(hidden_states: Tensor) -> Tensor:
             weight, bias = head.weight, getattr(head, "bias", None)
-            if isinstance(weight, DTensor) or isinstance(hidden_states, DTensor):
-                raise UnsupportedError("the lm_head is tensor-parallel; leave it out of the plan, so that it is whole")
+            if isinstance(weight, DTensor) and not isinstance(hidden_states, DTensor):
+                raise UnsupportedError(
+                    "the lm_head is tensor-parallel and its hidden states are plain tensors, whose gradient torchtitan "
+                    "would sum over ranks once more; use spmd_backend='partial_dtensor'"
+                )
             loss, self._info = ctx.forward(hidden_states.flatten(0, 1), weight, bias)
             return loss
 
@@ -125,8 +128,12 @@ def _metrics(metrics: dict[str, Metric], num_tokens: int, total: Any) -> dict[st
 @contextmanager
 def _forward_of(module: nn.Module, forward: Any) -> Iterator[None]:
     """``module`` computes ``forward`` when it is called, between its own hooks."""
+    own = vars(module).get("forward")  # torchtitan puts one there when it parallelises
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from xloss.distributed.groups import all_gather
+from xloss.distributed.groups import all_gather, ranks_in
 from xloss.errors import OptionError, ShapeError
 
 Order = Literal["contiguous", "head_tail"]
@@ -27,6 +27,14 @@ def sp_places(length: int, size: int, order: Order = "contiguous") -> Tensor:
     places = torch.arange(part * parts).reshape(parts, part)
     places = places.masked_fill(places >= length, -1)
     return places if order == "contiguous" else torch.cat([places[:size], places[size:].flip(0)], 1)
+
+
+def mesh_places(length: int, sp_mesh: DeviceMesh, order: Order = "contiguous") -> Tensor:
+    """``sp_places`` for the ranks of a mesh, which must stand in ascending order: collectives have them in that."""
+    ranks = ranks_in(sp_mesh)
+    if ranks != sorted(ranks):
+        raise OptionError(f"sp_mesh must hold its ranks in ascending order; got {ranks}")
+    return sp_places(length, sp_mesh.size(), order)
 
 
 def take_places(tensor: Tensor, places: Tensor, pad: float, axis: int = -1) -> Tensor:
@@ -51,7 +59,7 @@ def join_parts(parts: Tensor, inverse: Tensor, axis: int = -1) -> Tensor:
 
 def sp_split(tensor: Tensor, sp_mesh: DeviceMesh, pad: float, axis: int = -1, order: Order = "contiguous") -> Tensor:
     """This rank's part of ``tensor`` along ``axis``, padded with ``pad`` at its end to equal parts."""
-    places = sp_places(tensor.shape[axis], sp_mesh.size(), order)[sp_mesh.get_local_rank()]
+    places = mesh_places(tensor.shape[axis], sp_mesh, order)[sp_mesh.get_local_rank()]
     return take_places(tensor, places.to(tensor.device), pad, axis)
 
 
@@ -63,7 +71,7 @@ def sp_gather(
     ``length``: tokens of the sequence, without padding; default: padding stays. Undoes ``sp_split`` of that order.
     """
     whole = tensor.shape[axis] * sp_mesh.size()
-    places = sp_places(whole if length is None else length, sp_mesh.size(), order).to(tensor.device)
+    places = mesh_places(whole if length is None else length, sp_mesh, order).to(tensor.device)
     if places.shape[1] != tensor.shape[axis]:
         raise ShapeError(
             f"a sequence of length={length} in order={order!r} has parts of {places.shape[1]} tokens on "

@@ -63,7 +63,8 @@ def attach(model: Model, config: CELossConfig | None = None) -> Model:
 
     Raises:
         UnsupportedError: logits of this architecture are not a known transform of its head's.
-        OptionError: ``config`` is not a ``CELossConfig`` that a token mean goes with.
+        OptionError: ``config`` is not a ``CELossConfig`` that a token mean goes with; or the head is no product with a
+            weight, as a quantised one.
     """
     config = CELossConfig() if config is None else config
     if not isinstance(config, CELossConfig) or config.loss_reduction != "token":

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xloss.distributed import head_weight
 from xloss.errors import OptionError, UnsupportedError
+from xloss.lora import LoraWeight
 
 _TOKENS = 3
 _TOLERANCE = 1e-4  # of float32 logits; what a model does after its head moves them by far more or not at all
@@ -56,26 +58,22 @@ def logit_transform(model: nn.Module) -> LogitTransform:
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
-def output_head(model: nn.Module) -> nn.Linear:
-    """The head of a causal language model, if its logits are ``h W^T + b`` and nothing else happens on the way.
+def output_head(model: nn.Module) -> nn.Module:
+    """The head of a causal language model, one that ``xloss.head_weight`` can read, PEFT's layer around it included.
 
     Raises:
-        UnsupportedError: there is none, or it computes something else: LoRA, quantised, hooked or replaced.
+        UnsupportedError: there is none, or its forward was replaced.
     """
     find: Any = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
+    head: nn.Module | None = find() if find is not None else None
     if head is None:
         raise UnsupportedError(f"{type(model).__name__} has no head: get_output_embeddings() gives none")
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
-        raise UnsupportedError(
-            f"the head of {type(model).__name__} carries a PEFT adapter ({type(head).__name__}), so its weight is not "
-            "the one parameter that a loss can take; leave lm_head out of target_modules and modules_to_save"
-        )
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
-        raise UnsupportedError(
-            f"the head of {type(model).__name__} is a {type(head).__module__}.{type(head).__name__} with a forward of "
-            "its own; only a plain nn.Linear is known to be h W^T + b"
-        )
+    for module in head.modules():
+        if "forward" in vars(module):
+            raise UnsupportedError(
+                f"the head of {type(model).__name__} has a forward of its own, {vars(module)['forward']!r}; only the "
+                "product with its weight is known"
+            )
     return head
 
 
@@ -114,16 +112,19 @@ def check_forward(model: nn.Module, forward: Callable[..., Any], transform: Logi
 
     Raises:
         UnsupportedError: it does something else, so a loss made from hidden states and head would be another one.
+        OptionError: the head is no product with a weight, as a quantised one.
     """
     name, head = type(model).__name__, output_head(model)
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{name} is an encoder-decoder; xloss.hf knows decoder-only causal language models")
     random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, _TOKENS, head.in_features, generator=random)
+    with torch.no_grad(), head_weight(head) as (weight, _):  # raises where it cannot be read
+        vocab, width = (weight.weight if isinstance(weight, LoraWeight) else weight).shape
+    hidden = torch.randn(1, _TOKENS, width, generator=random)
     spread = 4 * (transform.softcap or 1.0) / transform.logit_scale  # a cap shows where logits pass it
-    logits = torch.randn(1, _TOKENS, head.out_features, generator=random) * spread
-    labels = torch.randint(0, head.out_features, (1, _TOKENS), generator=random)
+    logits = torch.randn(1, _TOKENS, vocab, generator=random) * spread
+    labels = torch.randint(0, vocab, (1, _TOKENS), generator=random)
     taken: list[Any] = []
     backbone: Any = model.base_model
     if backbone is model:

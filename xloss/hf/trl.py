@@ -173,6 +173,7 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
             shifted_labels=placed(inputs["completion_ids"], cfg.ignore_idx),
             advantages=advantages,
             policy_loss_weight=placed(weight),
+            gradient_factor=torch.ones((), device=mask.device),  # TRL's denominators are those of an average over ranks
             **fields,
         )
         return GRPOLossContext(cfg, kwargs)

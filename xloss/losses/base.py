@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xloss.distributed import Ranks, TokenRanks
 from xloss.distributed.vocab import HeadWeight
-from xloss.errors import MissingFieldError, OptionError
+from xloss.errors import OptionError
 from xloss.head.backend import LossTwin
 from xloss.head.options import LiveRows
 from xloss.head.outside_compile import outside_compile
@@ -150,7 +150,6 @@ class BaseLossContext(Generic[InputItem]):
         ranks: TokenRanks,
     ) -> None:
         """Fill in, in place, what only the whole global batch knows: denominators and weights. Default: nothing.
-
 
         A class that overrides it builds its batches on all ranks together: what one rank raises, all do.
 
@@ -296,12 +295,3 @@ class BaseLossContext(Generic[InputItem]):
         if weights:
             live = live & torch.stack([w != 0 for w in weights]).any(0)
         return live
-
-
-def require(loss_kwargs: BaseLossKwargs, name: str, remedy: str) -> Tensor:
-    """Field ``name`` of the kwargs, or a ``MissingFieldError`` that says what to do."""
-    value = getattr(loss_kwargs, name)
-    if value is None:
-        raise MissingFieldError(f"{name} is None in {type(loss_kwargs).__name__}; {remedy}")
-    assert isinstance(value, Tensor)
-    return value

@@ -14,9 +14,9 @@ from xloss.distributed import TokenRanks
 from xloss.errors import DeviceError, ShapeError, UnsupportedError
 from xloss.head.backend import LossTwin
 from xloss.losses import calibration
-from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss
 from xloss.losses.facts import LossForm
-from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken
+from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerBatch, PerToken, require
 from xloss.losses.reduced import ReducedLossConfig
 from xloss.losses.reduction import Weights, reduction_weights
 from xloss.metrics import Metric

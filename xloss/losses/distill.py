@@ -15,10 +15,11 @@ from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
 from xloss.head.teacher import LogitsFn, Teacher
 from xloss.losses import run
-from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss
 from xloss.losses.distill_kwargs import DistillLossContextInputItem, DistillLossKwargs
 from xloss.losses.facts import LossForm
 from xloss.losses.info import LossInfo
+from xloss.losses.model import require
 from xloss.losses.reduced import ReducedLossConfig
 from xloss.losses.reduction import attach_token_weights
 from xloss.losses.teacher import GivenTeacher

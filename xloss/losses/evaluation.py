@@ -32,6 +32,11 @@ class Evaluation:
     """
 
     def __init__(self, ctx: Ctx, kwargs: BaseLossKwargs, rows: LiveRows, lead: torch.Size, dtype: torch.dtype) -> None:
+        if kwargs.torn and ctx.needs_whole():
+            raise UnsupportedError(
+                f"the loss couples tokens ({ctx.why_coupled()}), and chunk() cut these kwargs from one rank's "
+                "part of a split batch, so the whole is lost; chunk nothing, or set chunk_size in the config"
+            )
         self.ctx = ctx
         self.local = ctx.is_token_local()
         self.split = kwargs.split if ctx.needs_whole() else None

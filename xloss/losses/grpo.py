@@ -17,10 +17,11 @@ from xloss.head.outside_compile import outside_compile
 from xloss.head.plan import Plan
 from xloss.head.teacher import Teacher
 from xloss.losses import calibration, correction, policy_tokens, run
-from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss
 from xloss.losses.grpo_kwargs import GRPOLossKwargs, RLLossContextInputItem
 from xloss.losses.info import LossInfo
 from xloss.losses.kl import kl_of
+from xloss.losses.model import require
 from xloss.losses.policies import PolicyLossConfig
 from xloss.losses.policies.base import Coupling
 from xloss.losses.policies.metrics import policy_metrics

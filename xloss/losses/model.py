@@ -26,6 +26,7 @@ __all__ = [
     "PerToken",
     "StrictModel",
     "TokenBatch",
+    "require",
 ]
 
 
@@ -53,6 +54,7 @@ class BaseLossKwargs(TokenBatch):
     cu_seq_lens: Annotated[Tensor | None, PerBatch()] = None
     _rows: tuple[object, list[tuple[Tensor, int]], LiveRows] | None = PrivateAttr(default=None)
     _cut: bool = PrivateAttr(default=False)
+    _torn: bool = PrivateAttr(default=False)
     _piece: Piece | None = PrivateAttr(default=None)
     _metrics: dict[str, Metric] = PrivateAttr(default_factory=dict)
 
@@ -60,6 +62,11 @@ class BaseLossKwargs(TokenBatch):
     def cut(self) -> bool:
         """Whether this is a piece made by ``chunk``, in which sequences may stand in part."""
         return self._cut
+
+    @property
+    def torn(self) -> bool:
+        """Whether this was cut from a part of a split batch, so that its whole is lost."""
+        return self._torn
 
     @property
     def built_metrics(self) -> dict[str, Metric]:
@@ -150,7 +157,8 @@ class BaseLossKwargs(TokenBatch):
             piece = self.map_tokens(lambda x, _, a=start, n=stop - start: x.narrow(self.token_axis, a, n))  # type: ignore[misc]
             if self.cu_seq_lens is not None:
                 piece.cu_seq_lens = (self.cu_seq_lens - start).clamp(0, stop - start)
-            piece._cut = self._cut or self._split is not None or stop - start < length
+            piece._torn = self._torn or self._split is not None
+            piece._cut = self._cut or piece._torn or stop - start < length
             piece._piece = Piece(self, start, stop, length)
             pieces.append(piece)
         pieces[0].keep_metrics(self._metrics)
@@ -182,6 +190,9 @@ class BaseLossKwargs(TokenBatch):
         whole = first.replaced(joined)
         origin = _all_pieces_of([c._piece for c in chunks])
         whole._cut = any(c.cut for c in chunks) if origin is None else origin.cut
+        whole._torn = any(c.torn for c in chunks) if origin is None else origin.torn
+        if origin is not None and origin.split is not None:
+            whole._split = origin.split.of(origin.whole)  # has yet to see these tensors, which may have changed
         if origin is not None and origin.cu_seq_lens is not None:
             whole.cu_seq_lens = origin.cu_seq_lens.to(whole.shifted_labels.device)
         whole.keep_metrics(merge_metrics([c.built_metrics for c in chunks]))
@@ -212,3 +223,12 @@ def _all_pieces_of(parts: Sequence[Piece | None]) -> BaseLossKwargs | None:
         return None
     ends = [0, *(part.stop for part in found)]
     return found[0].whole if [part.start for part in found] == ends[:-1] and ends[-1] == found[0].length else None
+
+
+def require(loss_kwargs: BaseLossKwargs, name: str, remedy: str) -> Tensor:
+    """Field ``name`` of the kwargs, or a ``MissingFieldError`` that says what to do."""
+    value = getattr(loss_kwargs, name)
+    if value is None:
+        raise MissingFieldError(f"{name} is None in {type(loss_kwargs).__name__}; {remedy}")
+    assert isinstance(value, Tensor)
+    return value

@@ -14,11 +14,11 @@ from xloss.errors import MissingFieldError
 from xloss.head.backend import LossTwin
 from xloss.head.plan import Plan
 from xloss.losses import calibration
-from xloss.losses.base import TokenLoss, require
+from xloss.losses.base import TokenLoss
 from xloss.losses.ce import CELossConfig, CELossContext, CELossContextInputItem, CELossKwargs
 from xloss.losses.facts import LossForm
 from xloss.losses.info import LossInfo
-from xloss.losses.model import PerToken
+from xloss.losses.model import PerToken, require
 from xloss.metrics import Metric
 from xloss.packing import roll_segments
 from xloss.policy.kl import KLType, kl_penalty

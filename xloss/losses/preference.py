@@ -12,8 +12,9 @@ from torch import Tensor
 from xloss.distributed import RankSum, TokenRanks
 from xloss.errors import MissingFieldError, OptionError, ShapeError
 from xloss.losses import calibration
-from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss
 from xloss.losses.config import BaseLossConfig
+from xloss.losses.model import require
 from xloss.losses.preferences import AnyPreferenceTerm, PreferenceBatch, PreferenceTerm, Side
 from xloss.losses.preferences.base import SHARED
 from xloss.losses.preferences.kwargs import PreferenceLossContextInputItem, PreferenceLossKwargs

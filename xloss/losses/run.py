@@ -97,7 +97,10 @@ class _Run:
             return "two-pass", ("plan='two_pass' was asked for",)
         if local:
             return "one-pass", ("the loss is a sum over tokens: gradients are formed in forward",)
-        return "two-pass", (f"the loss couples tokens: {self.ctx.why_coupled()}",)
+        reasons = [f"the loss couples tokens: {self.ctx.why_coupled()}"]
+        if self.on.split is not None:
+            reasons.append(f"statistics of {self.on.split.sp_mesh.size()} sequence-parallel ranks are gathered")
+        return "two-pass", tuple(reasons)
 
     @property
     def plan(self) -> Plan:

@@ -10,9 +10,9 @@ from torch import Tensor
 from xloss.distributed import TokenRanks
 from xloss.errors import ShapeError
 from xloss.losses import calibration
-from xloss.losses.base import BaseLossContext, TokenLoss, require
+from xloss.losses.base import BaseLossContext, TokenLoss
 from xloss.losses.facts import LossForm
-from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken
+from xloss.losses.model import BaseLossContextInputItem, BaseLossKwargs, PerToken, require
 from xloss.losses.reduced import ReducedLossConfig
 from xloss.losses.reduction import Reduction, reduction_weights
 from xloss.metrics import Metric

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from xloss.distributed import Order, all_gather, inverse_places, join_parts, sp_places, take_places
+from xloss.distributed import Order, all_gather, inverse_places, join_parts, mesh_places, take_places
 from xloss.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def split_batch(batch: TokenBatch, sp_mesh: DeviceMesh, order: Order) -> Split:
     """Keep this rank's part of every per-token field of ``batch``, in place, and what remembers the whole."""
     labels, per_token = batch.shifted_labels, batch.per_token()
     large = {name: _where_finite(value) for name, (value, mark) in per_token.items() if mark.head_only}
-    places = sp_places(labels.shape[-1], sp_mesh.size(), order).to(labels.device)
+    places = mesh_places(labels.shape[-1], sp_mesh, order).to(labels.device)
     split = Split(batch.replaced(large), places, sp_mesh)
     for name in large:
         value, mark = per_token[name]
@@ -124,7 +124,7 @@ def split_of_parts(batch: TokenBatch, sp_mesh: DeviceMesh, order: Order, length:
     """What remembers the whole of a ``batch`` whose fields are this rank's parts already: gathers them."""
     part = batch.shifted_labels.shape[-1]
     length = part * sp_mesh.size() if length is None else length
-    places = sp_places(length, sp_mesh.size(), order).to(batch.shifted_labels.device)
+    places = mesh_places(length, sp_mesh, order).to(batch.shifted_labels.device)
     if places.shape[1] != part:
         raise ShapeError(
             f"a sequence of length={length} has parts of {places.shape[1]} tokens on {sp_mesh.size()} ranks in "

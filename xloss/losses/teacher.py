@@ -10,7 +10,7 @@ from torch import Tensor
 from xloss.distributed.vocab import HeadWeight, local_head
 from xloss.errors import MissingFieldError, OptionError, ShapeError, UnsupportedError
 from xloss.head.teacher import LogitsFn, Teacher, TeacherHead, TeacherLogits
-from xloss.losses.base import require
+from xloss.losses.model import require
 from xloss.policy.divergence import Divergence
 
 if TYPE_CHECKING:

@@ -45,6 +45,8 @@ class LossInputs:
 
     def __init__(self, name: str, config: BaseLossConfig, of_batch: Mapping[str, float]) -> None:
         self.name, self.config = name, config
+        if of_batch and not isinstance(config, PreferenceLossConfig):
+            raise OptionError(f"loss_fn {name!r} has no use for {', '.join(of_batch)} in loss_fn_config")
         self.of_batch = {key: torch.tensor(float(value)) for key, value in of_batch.items()}
         self.item = next(item for cls, item in _ITEMS.items() if isinstance(config, cls))
         fields = [f for f in self.item.model_fields if f not in (*_NOT_IN_DATA, *OF_BATCH)]
@@ -62,6 +64,7 @@ class LossInputs:
                 f"loss_fn {self.name!r} {why}, but max_pack_tokens cuts the data into {len(packs)} packs; make the "
                 "client with max_pack_tokens=None"
             )
+        self._check_names([row for pack in packs for row in pack.rows])
         cls = self.config.loss_ctx_cls
         bounds = [pack.cu_seq_lens for pack in packs]
         kwargs = cls.build_batches_loss_kwargs([self._item(pack) for pack in packs], self.config, bounds)
@@ -81,7 +84,6 @@ class LossInputs:
                 f"loss_fn {self.name!r} takes target_tokens [N]; got {tuple(targets.shape[1:])}. Several targets a "
                 "token: cross_entropy"
             )
-        self._check_names(pack.rows)
         keep = torch.cat([self._mask(row) for row in pack.rows]).to(device)[None]
         found: dict[str, Any] = {}
         if several:
@@ -100,11 +102,14 @@ class LossInputs:
         return self.item(**found)
 
     def _check_names(self, rows: list[Row]) -> None:
+        """Every name is known, and one that is no mask is in all sequences or in none."""
         accepted = ["target_tokens", *self.fields, *self.masks]
-        for row in rows:
-            for name in row.inputs:
-                if name not in accepted:
-                    raise OptionError(f"{unknown_name(f'input of loss_fn {self.name!r}', name, accepted)}{_hint(name)}")
+        for name in dict.fromkeys(name for row in rows for name in row.inputs):
+            if name not in accepted:
+                raise OptionError(f"{unknown_name(f'input of loss_fn {self.name!r}', name, accepted)}{_hint(name)}")
+            have = [name in row.inputs for row in rows]
+            if name not in self.masks and not all(have):
+                raise MissingFieldError(f"data[{have.index(False)}] has no {name}, others have it")
 
     def _mask(self, row: Row) -> Tensor:
         """Tokens that take part, ``[N]`` bool."""
@@ -125,14 +130,9 @@ class LossInputs:
         return keep
 
     def _field(self, pack: Pack, given: str, field: str) -> Tensor | None:
-        """A field of all sequences of the pack, ``None`` where none has it."""
-        if given in self.masks:
+        """A field of all sequences of the pack, ``None`` where they have none."""
+        if given in self.masks or given not in pack.rows[0].inputs:
             return None
-        have = [given in row.inputs for row in pack.rows]
-        if not any(have):
-            return None
-        if not all(have):
-            raise MissingFieldError(f"data[{have.index(False)}] of the pack has no {given}, others have it")
         mark = next(m for m in self.item.model_fields[field].metadata if isinstance(m, PerToken | PerBatch))
         values = [row.inputs[given] for row in pack.rows]
         if isinstance(mark, PerBatch):

@@ -20,9 +20,7 @@ from xloss.tinker.model import LanguageModel
 from xloss.tinker.packs import IGNORE, Pack
 
 CustomLoss = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
-
-
-_CUSTOM_CPU_BUDGET = 1 << 30
+_CUSTOM_BUDGET = {"cpu": 1 << 30, "cuda": 2 << 30}
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,18 @@ class Engine:
     logits_budget: int | None = None
     all_logprobs: bool = True
 
-    def custom_fields(self, model: LanguageModel) -> dict[str, Any]:
-        """``fields`` for a custom loss, whose logits are better kept than formed again: on a CPU up to 1 GiB."""
-        found = self.fields(model)
-        if self.logits_budget is None and self.mode != "eager" and model.device.type == "cpu":
-            found["logits_budget"] = _CUSTOM_CPU_BUDGET
-        return found
-
     def fields(self, model: LanguageModel) -> dict[str, Any]:
         """As a config or ``linear_logprobs`` takes them, with what stands between the head and its logits."""
         run = {"mode": self.mode, "chunk_size": self.chunk_size, "logits_budget": self.logits_budget}
         return {**run, "softcap": model.softcap, "logit_scale": model.logit_scale}
+
+    def custom_fields(self, model: LanguageModel, num_packs: int) -> dict[str, Any]:
+        """``fields`` for a custom loss, whose logits are better kept than formed again; all packs share the budget."""
+        found, budget = self.fields(model), self.logits_budget
+        if self.mode != "eager":
+            budget = _CUSTOM_BUDGET.get(model.device.type, 1 << 30) if budget is None else budget
+            found["logits_budget"] = budget // num_packs
+        return found
 
 
 Outcome = tuple[list[Tensor], dict[str, float]]
@@ -81,13 +80,18 @@ def run_loss(
                 loss.backward()
             total += float(loss.detach())
             assert info.logprobs is not None
-            found = info.logprobs.detach()
+            found = _of_targets(info.logprobs.detach(), pack)
             if engine.all_logprobs:
-                found = found + _logprobs_left_out(model, engine, context, pack, hidden.detach()).reshape(found.shape)
+                found = found + _logprobs_left_out(model, engine, context, pack, hidden.detach())
             logprobs += pack.apart(found)
             metrics.append(info.metrics)
     figures = {f"{name}:{m.reducer}": float(m.result()) for name, m in merge_metrics(metrics).items()}
     return logprobs, {**figures, "loss:sum": total}
+
+
+def _of_targets(values: Tensor, pack: Pack) -> Tensor:
+    """Values of the labels that a loss has the head look up, for the targets: they stand last, after a teacher's."""
+    return values if values.ndim == pack.targets.ndim else values[..., -1]
 
 
 @torch.no_grad()
@@ -96,7 +100,7 @@ def _logprobs_left_out(
 ) -> Tensor:
     """Log-probs of the targets that the loss has none of, 0 at the others: it leaves out tokens of weight 0."""
     kwargs = context.loss_kwargs
-    known = context.head_labels(kwargs).reshape(pack.targets.shape) != IGNORE
+    known = _of_targets(context.head_labels(kwargs), pack) != IGNORE
     live = context.live_mask().reshape(pack.tokens.shape)
     known &= live if known.ndim == live.ndim else live[..., None]
     labels = pack.targets.masked_fill(known, IGNORE)
@@ -116,13 +120,14 @@ def run_custom(model: LanguageModel, engine: Engine, packs: list[Pack], data: Se
 
     ``fn`` sees leaves on the CPU, ``[N]`` or ``[N, K]`` of each datum, as Tinker's does.
     """
+    options = engine.custom_fields(model, len(packs))
     per_pack = [
         linear_logprobs(
             model(pack.tokens, pack.position_ids, pack.cu_seq_lens),
             model.head.weight,
             pack.targets,
             model.head.bias,
-            **engine.custom_fields(model),
+            **options,
         ).logprobs
         for pack in packs
     ]

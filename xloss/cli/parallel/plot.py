@@ -48,14 +48,8 @@ def _curves(axes: Axes, result: ParallelResult) -> None:
             axes.plot(steps, curve.values, mark, color=ORANGE, markersize=4.5, mfc="none", label=name_of(curve))
     at = result.job.saved_at + 0.5
     axes.axvline(at, color=QUIET, linestyle=":", linewidth=1.2)
-    axes.annotate(
-        "checkpoint",
-        (at, 0),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, 6),
-        textcoords="offset points",
-        color=QUIET,
-    )
+    where: Any = {"xycoords": ("data", "axes fraction"), "xytext": (-5, 6), "textcoords": "offset points"}
+    axes.annotate("checkpoint", (at, 0), ha="right", color=QUIET, **where)
     axes.set(title="Loss of each step", xlabel="training step", ylabel="loss (nats per token)")
     axes.legend(loc="upper right", fontsize=9)
 

@@ -66,6 +66,7 @@ def train_ranks(rank: Rank, job: Job, text: Tensor, own: str, other: tuple[str, 
 
     ``other`` is a checkpoint of another number of processes, and that number.
     """
+    torch.set_num_threads(1)  # so small a model waits for threads more than they help it
     trainer = Trainer(rank, job, text)
     curves = [trainer.run(own)]
     for folder, saved_by in [(own, rank.world), *([other] if other else [])]:

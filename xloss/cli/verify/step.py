@@ -121,14 +121,13 @@ def _step(setup: Setup, case: LossCase, batch: GlobalBatch) -> Outcome:
         batch.taken_back(torch.ones(shapes[i]), setup.cut[i], setup.packed, seen[1])
     numbers = _over_ranks(torch.cat([torch.stack([total, scale]), seen.flatten()]), device)
     size = dist.get_world_size() if dist.is_initialized() else 1
-    group = None if setup.data_mesh is None else setup.data_mesh.get_group()
     seen = numbers[2:].view(2, -1)
     return Outcome(
         loss=float(numbers[0]) / size,  # weights hold the number of ranks, for engines that average
         scale=float(numbers[1]) / size,
         grads={name: None if g is None else g.cpu() for name, g in setup.gradients(setup.module).items()},
         logprobs=seen[0] / seen[1],  # NaN where no rank saw the token, which no comparison passes
-        metrics={name: float(value) for name, value in finalize_metrics(metrics, group).items()},
+        metrics={name: float(value) for name, value in finalize_metrics(metrics, setup.data_mesh).items()},
     )
 
 
