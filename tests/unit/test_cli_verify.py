@@ -24,7 +24,7 @@ from xloss.cli import app
 from xloss.cli.errors import CannotRun
 from xloss.cli.spawn import World
 from xloss.cli.verify.cases import STANDARD, every_case, find_cases
-from xloss.cli.verify.compare import compare, explain
+from xloss.cli.verify.compare import allowed_error, compare, explain
 from xloss.cli.verify.layouts import LAYOUTS
 from xloss.cli.verify.options import VerifyOptions
 from xloss.cli.verify.own import own_case
@@ -92,7 +92,7 @@ def test_single_process_layouts_need_no_world() -> None:
 
 def test_all_losses_are_those_of_the_registries() -> None:
     known = every_case()
-    assert set(preference_losses()) <= set(known)
+    assert set(preference_losses()) - set(known) == {"aot", "aot_unpaired"}  # rank the sequences of a micro-batch
     assert len(set(policy_losses()) - set(known)) <= 6  # those that rank the tokens of a micro-batch
     assert [case.name for case in find_cases(STANDARD)] == list(STANDARD)
 
@@ -267,6 +267,12 @@ def test_errors_in_words(found: Outcome, says: str) -> None:
     errors = compare([outcome(), found], [outcome()] * 2, [outcome()] * 2)
     assert not errors.worst <= 1e-6
     assert says in explain(errors, 1e-6, {"ranks": 2, "micro-batches": 3})
+
+
+def test_the_bar_gives_way_to_rounding_alone() -> None:
+    assert allowed_error(torch.float32, 9e-7) == allowed_error(torch.float32, 0.0) == 1e-6
+    assert allowed_error(torch.float32, 3e-6) == 6e-6
+    assert allowed_error(torch.float32, 0.3) == 1e-4  # one process that is wrong excuses nothing
 
 
 def test_equal_outcomes_have_no_error() -> None:

@@ -38,6 +38,8 @@ KNOWN_FIELDS = (
     "teacher_topk_logprobs",
     "pair_ids",
     "preferred",
+    "kl",
+    "reward_shift",
 )
 """Fields of the made-up batch, by the names that losses have for them."""
 STANDARD = ("ce", "ce-sample", "grpo", "gspo", "dpo")
@@ -65,8 +67,10 @@ class LossCase:
         for name in ("shifted_labels", *self.fields):
             if name in batch.by_token:
                 values = batch.laid_out(batch.by_token[name], sequences, packed, IGNORED * (name == "shifted_labels"))
-            else:
+            elif name in batch.by_sequence:
                 values = batch.by_sequence[name][list(sequences)]
+            else:
+                values = batch.of_batch[name]
             given[name] = values.to(device, wide if values.is_floating_point() else None)
         return self.item(**given)
 
@@ -95,6 +99,7 @@ def preference_case(name: str, config: PreferenceLossConfig) -> LossCase:
     """A preference loss, with what its terms need."""
     fields = ["preferred"] + (["pair_ids"] if config.paired else [])
     fields += ["ref_logprobs"] if config.needs_reference else []
+    fields += sorted({needed for term in config.terms for needed in term.needs})
     return LossCase(name, config, PreferenceLossContextInputItem, tuple(fields))
 
 
@@ -132,6 +137,8 @@ def every_case() -> dict[str, LossCase]:
         if "batch" not in case.config.coupled_by():
             cases.setdefault(name, case)
     for name, term in preference_losses().items():
+        if name.startswith("aot"):  # rank the sequences of a micro-batch
+            continue
         cases.setdefault(name, _preference(name, {"loss_type": name} | dict(term.example)))
     return cases
 

@@ -143,13 +143,15 @@ class GlobalBatch:
     """Sequences of uneven lengths, and everything that any loss may want of them.
 
     Sequences ``2 i`` and ``2 i + 1`` answer one prompt, chosen and rejected. One answer has no label, and nor has any
-    of the last prompt. Per-token tensors are ``[T]`` (``[T, K]``), sequences in order, float64.
+    of the last prompt. Per-token tensors are ``[T]`` (``[T, K]``), sequences in order, float64; ``of_batch``
+    is the same for every micro-batch.
     """
 
     lengths: tuple[int, ...]
     ids: Tensor
     by_token: dict[str, Tensor]
     by_sequence: dict[str, Tensor]
+    of_batch: dict[str, Tensor]
 
     @property
     def num_pairs(self) -> int:
@@ -219,7 +221,9 @@ def build_batch(shape: Shape) -> GlobalBatch:
         "teacher_topk_logprobs": torch.log_softmax(noise(1.0, count, TARGETS + 1), -1)[:, :TARGETS],
     }
     numbers = torch.arange(number)
-    return GlobalBatch(tuple(lengths), ids, by_token, {"pair_ids": numbers // 2, "preferred": numbers % 2 == 0})
+    by_sequence = {"pair_ids": numbers // 2, "preferred": numbers % 2 == 0}
+    of_batch = {"kl": torch.full((1,), 0.05).double(), "reward_shift": torch.tensor(0.1).double()}
+    return GlobalBatch(tuple(lengths), ids, by_token, by_sequence, of_batch)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from xloss.cli.verify.verdict import Row
 
+MOST_NAMED = 10  # losses, above the table
 MOST_TOLD = 3  # failures of a layout, on the terminal
 
 
@@ -72,7 +73,7 @@ def print_table(console: Console, report: Report) -> None:
     console.print(
         f"{_count(world['ranks'], 'process', 'es')} ({world['backend']}, {world['device']}); "
         f"{shape['tokens']} tokens, V={shape['vocab_size']}, H={shape['hidden_size']}, {shape['dtype']}. "
-        f"Losses: {', '.join(report.losses)}."
+        f"{_named(report.losses)}."
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, justify in (
@@ -121,6 +122,10 @@ def cells(row: Row, losses: Sequence[str]) -> tuple[str, ...]:
     )
     errors = (_figure(row.gradient), _figure(row.gradient64), _figure(row.values))
     return (row.layout, str(row.ranks), ran, *errors, row.note or row.verdict)
+
+
+def _named(losses: Sequence[str]) -> str:
+    return f"Losses: {', '.join(losses)}" if len(losses) <= MOST_NAMED else f"{len(losses)} losses (--json names them)"
 
 
 def _figure(error: float | None) -> str:
