@@ -146,3 +146,4 @@ def kernel_logits(base: float, max_logit: float) -> float:
 F64_STEP = 5e-7  # a step in float64, relative: weights of tokens, and norms inside models, are kept in float32
 TRAINER_GRADIENT = 5e-6  # float32 gradients of two trainers on one batch: sums over layers and tokens in other orders
 TRAINER_STEPS = 5e-5  # the same after a few steps of SGD, relative to how far the weights moved from where they were
+LOGGED = {"rel": 1e-4, "abs": 1e-5}  # what trainers log: float32 sums, rounded for printing by some

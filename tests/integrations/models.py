@@ -61,12 +61,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-h1 (logits multiplied)": ("falcon_h1", {"lm_head_multiplier": 0.5, **_MAMBA}),
 }
 
+UNPACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", {"word_embed_proj_dim": 16, "ffn_dim": 24, "dropout": 0.0}),
+}
+"""Architectures whose packed sequences see each other."""
+
 
 def build(name: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
     """The architecture ``name`` with random weights, the same ones each time; logits of unit scale, not near 0."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, options = ARCHITECTURES[name]
+    model_type, options = (ARCHITECTURES | UNPACKED)[name]
     base = {} if model_type == "gpt2" else _SMALL
     torch.manual_seed(7)
     config = AutoConfig.for_model(model_type, **{**base, **options, **overrides})

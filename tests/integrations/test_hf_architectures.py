@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tests import budgets
 from tests.integrations.comparisons import Comparison, Gradients, worst
-from tests.integrations.models import ARCHITECTURES, batch, build, gradients
+from tests.integrations.models import ARCHITECTURES, UNPACKED, batch, build, gradients
 from tests.integrations.packages import need
 
 need("transformers")
@@ -21,6 +21,7 @@ from xloss import CELossConfig, CELossContext, CELossContextInputItem, shift_lab
 from xloss.hf import attach  # noqa: E402
 
 Run = tuple[float, Gradients]
+ALL = [*ARCHITECTURES, *UNPACKED]
 
 
 def own(name: str) -> Run:
@@ -63,19 +64,19 @@ def compare(name: str) -> float:
 
 COMPARISONS = [
     Comparison("xloss.hf.attach", "transformers", f"forward and backward, {name}", partial(compare, name))
-    for name in ARCHITECTURES
+    for name in ALL
 ]
 
 
 @pytest.mark.parametrize("by_context", [False, True], ids=["labels", "loss_ctx"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ALL)
 def test_equals_the_models_own_logits_in_float64(name: str, by_context: bool) -> None:
     (got, got_grads), (want, want_grads) = attached(name, by_context), from_logits(name)
     assert got == pytest.approx(want, rel=budgets.F64_STEP)
     assert worst(got_grads, want_grads) <= budgets.F64_STEP
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ALL)
 def test_equals_the_models_own_loss(name: str) -> None:
     (got, got_grads), (want, want_grads) = attached(name, by_context=False), own(name)
     assert got == pytest.approx(want, rel=budgets.F32_LOSS)

@@ -90,7 +90,7 @@ def compare(folder: str | None = None, architecture: str = "llama", **options: A
     ours, losses = moved(attach(model), folder, **options)
     theirs, want = moved(build(architecture, torch.float32), folder, **options)
     assert len(losses) == 4
-    assert losses == pytest.approx(want, rel=1e-5)
+    assert losses == pytest.approx(want, **budgets.LOGGED)
     return worst(ours, theirs)
 
 
@@ -121,7 +121,7 @@ def test_the_cut_does_not_matter(tmp_path: Path) -> None:
     ]
     for ours, losses in found[1:]:
         assert worst(ours, found[0][0]) <= budgets.TRAINER_STEPS
-        assert losses == pytest.approx(found[0][1], rel=1e-5)
+        assert losses == pytest.approx(found[0][1], **budgets.LOGGED)
 
 
 def test_label_smoothing_of_the_config_makes_no_logits(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ and its head replaced by random tensors: cheap at any size, on any device, and n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,9 +126,9 @@ def check_forward(model: nn.Module, forward: Callable[..., Any], transform: Logi
     logits = torch.randn(1, _TOKENS, vocab, generator=random) * spread
     labels = torch.randint(0, vocab, (1, _TOKENS), generator=random)
     taken: list[Any] = []
-    backbone: Any = model.base_model
-    if backbone is model:
-        raise UnsupportedError(f"{name} has no backbone of its own under base_model, so its head cannot be told apart")
+    backbones = _backbones(model)
+    if not backbones:
+        raise UnsupportedError(f"{name} has no backbone apart from itself, so its head cannot be told apart")
 
     def head_forward(given: Tensor) -> Tensor:
         taken.append(given)
@@ -136,23 +136,30 @@ def check_forward(model: nn.Module, forward: Callable[..., Any], transform: Logi
 
     options = {"output_router_logits": False} if hasattr(config.get_text_config(), "output_router_logits") else {}
     try:
-        with (
-            torch.no_grad(),
-            swapped(model, "training", False),
-            swapped(backbone, "forward", lambda *args, **kwargs: _BackboneOutput(hidden)),
-            swapped(head, "forward", head_forward),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(swapped(model, "training", False))
+            stack.enter_context(swapped(head, "forward", head_forward))
+            for backbone in backbones:
+                stack.enter_context(swapped(backbone, "forward", lambda *_, **__: _BackboneOutput(hidden)))
             output = forward(model, input_ids=labels, labels=labels, return_dict=True, **options)
     except Exception as error:
         raise UnsupportedError(
             f"{name} is not known to be a backbone and a head: its forward failed around stand-ins for them, with "
             f"{type(error).__name__}: {error}"
         ) from error
-    if len(taken) != 1 or not torch.equal(taken[0], hidden):
+    if len(taken) != 1 or taken[0].device != hidden.device or not torch.equal(taken[0], hidden):
         raise UnsupportedError(f"{name} does something to the hidden states between its backbone and its head")
     _check_same(output.logits, transform(logits), f"logits of {name} are not {transform} of its head's")
     want = nn.functional.cross_entropy(transform(logits)[0, :-1], labels[0, 1:])
     _check_same(output.loss, want, f"the loss of {name} is not the mean cross-entropy of its logits")
+
+
+def _backbones(model: Any) -> list[nn.Module]:
+    """What the forward may call for its hidden states: ``base_model``, its decoder (OPT) or ``model`` (Llama 4)."""
+    named = [model.base_model, getattr(model, "get_decoder", lambda: None)(), getattr(model, "model", None)]
+    found = [module for module in named if isinstance(module, nn.Module) and module is not model]
+    return list(dict.fromkeys(found))
 
 
 def _check_same(got: Tensor | None, want: Tensor, otherwise: str) -> None:
