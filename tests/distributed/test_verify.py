@@ -53,10 +53,18 @@ def test_right_layouts_pass() -> None:
     assert [row["ranks"] for row in report["rows"]] == [1, 1, 2, 2]
 
 
-def test_too_few_processes_is_skipped_and_not_passed() -> None:
-    status, out = run("verify --nproc 1 --layouts uneven-ranks --losses ce --json")
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ("--nproc 1 --layouts uneven-ranks --losses ce", "needs 2 processes"),
+        ("--nproc 5 --layouts dp-tp --losses ce", "needs a multiple of 2 processes"),
+        ("--nproc 2 --layouts sp --losses dpo", "is not for any of these losses"),
+    ],
+)
+def test_what_cannot_run_is_skipped_and_not_passed(arguments: str, why: str) -> None:
+    status, out = run(f"verify {arguments} --json")
     (row,) = json.loads(out)["rows"]
-    assert (row["verdict"], row["note"], status) == ("skipped", "needs 2 processes", 1)
+    assert (row["verdict"], row["note"], status) == ("skipped", why, 1)
 
 
 BREAKS_ON_A_RANK = """

@@ -32,7 +32,8 @@ from xloss.cli.verify.problem import Shape, build_batch
 from xloss.cli.verify.report import Report, print_table, to_json
 from xloss.cli.verify.run import choose_world
 from xloss.cli.verify.step import Outcome
-from xloss.cli.verify.verdict import Row, skipped_row
+from xloss.cli.verify.verdict import Row, row_of, skipped_row
+from xloss.cli.verify.world import Seen
 from xloss.losses.policies import policy_losses
 from xloss.losses.preferences import preference_losses
 
@@ -322,6 +323,16 @@ def test_the_batch_is_uneven_and_has_prompts_without_labels() -> None:
     ]
     assert {5, len(batch.lengths) - 2, len(batch.lengths) - 1} <= set(dead) and len(dead) < 8
     assert len(set(batch.lengths)) > 4 and min(batch.lengths) == 1
+
+
+def test_refused_in_part_and_wrong_in_part_fails() -> None:
+    layout = LAYOUTS["around-ddp"]
+    wrong = compare([outcome(2.0)], [outcome()], [outcome()])
+    refusal = Seen("around-ddp", "ce", "", None, refusal="[unsupported] no")
+    row = row_of(layout, [refusal, Seen("around-ddp", "gspo", "", wrong)], torch.float32, 2)
+    assert (row.verdict, row.note, len(row.failures)) == ("FAIL", "", 1)
+    row = row_of(layout, [refusal], torch.float32, 2)
+    assert (row.verdict, row.note, row.gradient) == ("PASS", "refused", None)
 
 
 # -- docs/verify.md ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +66,13 @@ class Layout:
     counts: tuple[tuple[str, int], ...] = ()
     refused: bool = False
 
-    def skipped(self, world: int) -> str:
-        """Why it cannot run on ``world`` processes; empty if it can."""
+    def skipped(self, world: int, cases: Sequence[LossCase]) -> str:
+        """Why it cannot run on ``world`` processes, or with none of these losses; empty if it can."""
         if world < self.ranks:
             return f"needs {self.ranks} processes"
-        return f"needs a multiple of {self.multiple} processes" if world % self.multiple else ""
+        if world % self.multiple:
+            return f"needs a multiple of {self.multiple} processes"
+        return "" if any(self.takes(case) for case in cases) else "is not for any of these losses"
 
 
 LAYOUTS: dict[str, Layout] = {}

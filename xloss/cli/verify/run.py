@@ -45,12 +45,12 @@ def make_report(options: VerifyOptions, world: World, progress: Console) -> Repo
         losses = _split(options.losses) or (STANDARD if options.loss is None else ())
         task = Task(shape, tuple(x.name for x in layouts), losses, options.loss, folder)
         cases = task.cases()
-        can = [layout for layout in layouts if not layout.skipped(world.nproc)]
+        can = [layout for layout in layouts if not layout.skipped(world.nproc, cases)]
         with bars.stage("One process", len(cases)) as prepared, bars.stage("Layouts", len(can)) as tick:
             seen, ended = run_all(task, world, prepared, tick)
     rows = []
     for layout in layouts:
-        reason = layout.skipped(world.nproc)
+        reason = layout.skipped(world.nproc, cases)
         own = [s for s in seen if s.layout == layout.name]
         ran = row_of(layout, own, shape.dtype, world.nproc, ended.get(layout.name, ""))
         rows.append(skipped_row(layout, reason) if reason else ran)

@@ -71,7 +71,7 @@ def row_of(layout: Layout, seen: Sequence[Seen], dtype: torch.dtype, world: int,
         gradient64=_max([e.gradient64 for e in found]),
         values=_max([e.values for e in found]),
         allowed=allowed,
-        note="refused" if refusals else "",
+        note="refused" if refusals and not failures else "",
         failures=tuple(failures),
         hint=layout.hint,
     )

@@ -135,8 +135,8 @@ def run_all(task: Task, world: World, prepared: Tick, tick: Tick) -> tuple[list[
 
     ``prepared`` is called with each loss while references are made, ``tick`` with each layout as it begins.
     """
-    layouts = [LAYOUTS[name] for name in task.layouts if not LAYOUTS[name].skipped(world.nproc)]
     site, references, cases = task.site(Rank(0, 1, torch.device(world.device))), References(task), task.cases()
+    layouts = [LAYOUTS[name] for name in task.layouts if not LAYOUTS[name].skipped(world.nproc, cases)]
     seen: list[Seen] = []
     ended: dict[str, str] = {}
     try:
