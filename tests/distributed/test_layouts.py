@@ -72,19 +72,18 @@ COUNTED: dict[str, tuple[Case, int]] = {
     "grpo": (policy(VANILLA, **EVERYTHING, loss_reduction="sample", entropy_reduction="token"), 1),
     "oreal": (PLAIN["step-oreal-default"], 1),
     "kto": (preference("kto"), 1),
-    "prompt": (policy(VANILLA, loss_reduction="prompt"), 2),  # the number of prompts is not known before
+    "prompt": (policy(VANILLA, loss_reduction="prompt"), 3),  # their largest number first, announced
 }
 UNEVEN: tuple[Batches, ...] = (((0, 1), (2, 3, 6, 7)), (), ((8, 9),), ((4, 5),))
 
 
 def collectives(case: Case, rank: int) -> list[str]:
-    """What this rank exchanges where batches are built, but for the meetings of `together`."""
+    """Everything this rank exchanges where batches are built."""
     seen: list[str] = []
     real = dist.all_reduce
 
     def recorded(tensor: torch.Tensor, op: Any, group: Any = None) -> None:
-        if not (op == dist.ReduceOp.MAX and tensor.ndim):
-            seen.append(f"{op} {tuple(tensor.shape)} {tensor.dtype}")
+        seen.append(f"{op} {tuple(tensor.shape)} {tensor.dtype}")
         real(tensor, op=op, group=group)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -156,7 +155,7 @@ def close(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_one_sum_over_the_ranks(ranks: list[dict[str, Any]], name: str) -> None:
+def test_one_exchange_a_step(ranks: list[dict[str, Any]], name: str) -> None:
     """On ranks with two micro-batches, none, an ignored one, and one."""
     first, *others = [seen["collectives"][name] for seen in ranks]
     assert len(first) == COUNTED[name][1]

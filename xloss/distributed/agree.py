@@ -1,9 +1,10 @@
 """Ranks that work together fail together: an error on one of them, or a difference, is raised on all and named.
 
 A rank that raises, or that was told something else than the others, would leave them waiting in a collective until it
-times out. So while ranks do something ``together`` they meet before each collective, and once more at the end, in one
-small collective of fixed size, which says whether a rank failed, what it is about to do, and what it was given. Where
-all is well it costs that exchange. Where not, a second one brings the names, and every rank raises.
+times out. So while ranks do something ``together`` they meet before each collective in one of fixed size, which says
+whether a rank failed, what it is about to do, and what it was given. A small sum travels with it, and where nothing
+else did they meet at the end: where all is well one exchange does. Where not, a second one brings the names, and every
+rank raises.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from xloss.distributed.groups import (
 )
 from xloss.errors import MissingFieldError, OptionError, RankError
 
-_NO_WORD = -(2**62)  # below every digest and its negative, so that it decides neither extreme
+_ROOM = 48  # numbers that travel with a meeting
+_BITS = 20  # of a word; the sum of its square over 8192 ranks is exact in float64
 _END = "nothing more"
 
 
@@ -53,29 +55,34 @@ class _Report:
 
 
 @contextmanager
-def together(doing: str, terms: Callable[[], Terms], group: Ranks = None) -> Iterator[Callable[[str], None]]:
+def together(
+    doing: str, terms: Callable[[], Terms], group: Ranks = None, *, may_fail_late: bool = False
+) -> Iterator[Meeting]:
     """Everything inside, ``doing`` in a message, succeeds on all ranks of ``group`` or raises on all.
 
     The same collectives of ``xloss.distributed``, in the same order, are expected of every rank. It waits for the
     device. Where there is one rank nothing happens.
 
-    Yields:
-        A function to call before something that is no such collective, named, as far as all ranks must come to it.
+    Args:
+        terms: of this rank.
+        may_fail_late: meet at the end in any case: a rank may raise after the last collective, or the ranks have
+            different numbers of them.
 
     Raises:
         Exception: what this rank raised, with a note of its rank.
         RankError: another rank raised, or ranks are about to do different things.
         OptionError, MissingFieldError: ``terms`` differ; all names that do, and who has what.
     """
+    meeting = Meeting(doing, group)
     if world_size(group) == 1:
-        yield lambda step: None
+        yield meeting
         return
-    meeting = _Meeting(doing, group)
-    token = announced.set(meeting.announce)
+    token = announced.set(meeting)
     try:
         meeting.terms = terms()
-        yield meeting.hold
-        meeting.hold(_END)
+        yield meeting
+        if may_fail_late or not meeting.held:
+            meeting.hold(_END)
     except Exception as error:
         meeting.fail(error)
         raise
@@ -83,47 +90,63 @@ def together(doing: str, terms: Callable[[], Terms], group: Ranks = None) -> Ite
         announced.reset(token)
 
 
-class _Meeting:
+class Meeting:
     """The exchanges of one ``together``."""
 
     def __init__(self, doing: str, group: Ranks) -> None:
         self.doing, self.group = doing, group
         self.terms = Terms()
-        self.over = False  # all ranks know, or the group is broken: no further exchange
+        self.held = False
+        self._over = False  # all ranks know, or the group is broken: no further exchange
+
+    def sum(self, value: Tensor, ranks: Ranks) -> Tensor | None:
+        """The sum of ``value`` over the ranks, met and summed at once; ``None`` where it is too large or not theirs."""
+        if value.numel() > _ROOM or not self._ours(ranks):
+            return None
+        found = self.hold(_step("all_reduce_sum", value), carried=value.detach())
+        return found[: value.numel()].reshape(value.shape).to(value)
 
     @contextmanager
-    def announce(self, name: str, value: Tensor, ranks: Ranks) -> Iterator[None]:
-        """Around a collective: meet, then do it. One of some of the ranks only is their own, so it goes unannounced."""
-        if ranks_in(ranks) != ranks_in(self.group):
+    def around(self, name: str, value: Tensor, ranks: Ranks) -> Iterator[None]:
+        """Meet, then do a collective. One of some of the ranks only is their own, so it goes unannounced."""
+        if not self._ours(ranks):
             yield
             return
-        step = f"{name} of {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        step = _step(name, value)
         self.hold(step)
         with self._unless_broken(step):
             yield
 
-    def hold(self, step: str, error: Exception | None = None) -> None:
-        """Tell the others what comes next here; raise where it is not the same everywhere, or a rank failed."""
+    def hold(self, step: str, error: Exception | None = None, carried: Tensor | None = None) -> Tensor:
+        """Tell the others what comes next here; raise where it is not the same everywhere, or a rank failed.
+
+        Returns the sum of what the ranks ``carried``, and zeros behind it.
+        """
         options, fields = self.terms.options, self.terms.fields
         words = [
-            _NO_WORD if error else digest(step),
-            _NO_WORD if options is None else digest(sorted(options.items())),
-            _NO_WORD if fields is None else digest(sorted(fields)),
+            None if error else digest(step),
+            None if options is None else digest(sorted(options.items())),
+            None if fields is None else digest(sorted(fields)),
         ]
+        self.held = True
         with self._unless_broken(step):
-            failed, differ = _compare(error is not None, words, self.group)
+            failed, differ, summed = _exchange(error is not None, words, carried, self.group)
         if failed or differ:
-            self.over = True
+            self._over = True
             text = None if error is None else f"{type(error).__name__}: {error}"
             reports = all_gather_object(_Report(text, step, self.terms), self.group)
             if error is None:
                 raise _verdict(self.doing, reports, self.group)
             if told := _differences(reports, self.group):
                 error.add_note("; ".join(message for _, message in told))
+        return summed
+
+    def _ours(self, ranks: Ranks) -> bool:
+        return ranks_in(ranks) == ranks_in(self.group)
 
     def fail(self, error: Exception) -> None:
         """Tell the others, unless they know."""
-        if not self.over:
+        if not self._over:
             self.hold("raise", error)
             error.add_note(f"raised on {_own_name()} while {self.doing}; the other ranks were told")
 
@@ -133,7 +156,7 @@ class _Meeting:
         try:
             yield
         except Exception as error:
-            self.over = True
+            self._over = True
             error.add_note(f"{_own_name()} waited for the others while {self.doing}; next here: {step}")
             raise
 
@@ -154,15 +177,34 @@ def digest(value: object) -> int:
     return int.from_bytes(sha256(repr(value).encode()).digest()[:6], "big")
 
 
-def _compare(failed: bool, words: Sequence[int], group: Ranks) -> tuple[bool, bool]:
-    """Whether a rank failed, and whether two ranks' words differ: the largest and the smallest are then two."""
-    negatives = [w if w == _NO_WORD else -w for w in words]
-    found = torch.tensor([failed, *words, *negatives], dtype=torch.int64, device=default_device(group))
+def _step(name: str, value: Tensor) -> str:
+    return f"{name} of {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+
+
+def _exchange(
+    failed: bool, words: Sequence[int | None], carried: Tensor | None, group: Ranks
+) -> tuple[bool, bool, Tensor]:
+    """Whether a rank failed, whether two ranks' words differ, and the sum of what they carried: one all-reduce.
+
+    A word goes as its two halves x with their squares: n ranks have the same one if and only if
+    ``n sum(x^2) = sum(x)^2``.
+    """
+    row = torch.zeros(1 + 5 * len(words) + _ROOM, dtype=torch.float64, device=default_device(group))
+    row[0] = failed
+    for i, word in enumerate(words):
+        if word is not None:
+            low, high = word % 2**_BITS, word // 2**_BITS % 2**_BITS
+            row[1 + 5 * i : 6 + 5 * i] = row.new_tensor([1, low, low**2, high, high**2])
+    if carried is not None:
+        row[-_ROOM:][: carried.numel()] = carried.reshape(-1).to(row)
     for each in groups_of(group):
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=each)
-    top, *rest = found.tolist()
-    extremes = zip(rest[: len(words)], rest[len(words) :], strict=True)
-    return top == 1, any(largest > -smallest for largest, smallest in extremes)
+        dist.all_reduce(row, op=dist.ReduceOp.SUM, group=each)
+    failures, *told = map(int, row[:-_ROOM].tolist())
+    differ = False
+    for i in range(len(words)):
+        count, low, low_squares, high, high_squares = told[5 * i : 5 * i + 5]
+        differ |= count * low_squares != low**2 or count * high_squares != high**2
+    return failures > 0, differ, row[-_ROOM:]
 
 
 def _verdict(doing: str, reports: Sequence[_Report], group: Ranks) -> Exception:

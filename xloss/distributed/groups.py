@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from math import prod
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,22 @@ from xloss.errors import OptionError
 T = TypeVar("T")
 Ranks = DeviceMesh | dist.ProcessGroup | None
 """Some ranks: those of a mesh of any dimensions, of a process group, or (``None``) all of them."""
-Announce = Callable[[str, Tensor, Ranks], AbstractContextManager[None]]
 
-announced: ContextVar[Announce] = ContextVar("announced", default=lambda name, value, ranks: nullcontext())
-"""What surrounds each collective of tensors: nothing, or the announcement of ``agree.together``."""
+
+class Announced(Protocol):
+    """What ranks do before a collective: ``agree.Meeting``."""
+
+    def sum(self, value: Tensor, ranks: Ranks) -> Tensor | None:
+        """The sum over the ranks, where the meeting takes it along."""
+        ...
+
+    def around(self, name: str, value: Tensor, ranks: Ranks) -> AbstractContextManager[None]:
+        """Surrounds a collective."""
+        ...
+
+
+announced: ContextVar[Announced | None] = ContextVar("announced", default=None)
+"""Set by ``agree.together``."""
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 
@@ -71,9 +83,12 @@ def world_size(ranks: Ranks = None) -> int:
 
 def all_reduce_sum(value: Tensor, ranks: Ranks = None) -> Tensor:
     """Sum of ``value`` over ``ranks``, on its device; ``value`` itself where there is one."""
-    for group in groups_of(ranks):
+    groups, meeting = groups_of(ranks), announced.get()
+    if groups and meeting is not None and (found := meeting.sum(value, ranks)) is not None:
+        return found
+    for group in groups:
         sent = value.to(_device_for(value, group), copy=True)
-        with announced.get()("all_reduce_sum", sent, ranks):
+        with _announced("all_reduce_sum", sent, ranks):
             dist.all_reduce(sent, op=dist.ReduceOp.SUM, group=group)
         value = sent.to(value.device)
     return value
@@ -83,7 +98,7 @@ def all_reduce_max(value: int, ranks: Ranks = None) -> int:
     """Largest ``value`` of all ``ranks``. Waits for the device: call it where batches are built."""
     for group in groups_of(ranks):
         found = torch.tensor(value, device=default_device(group))
-        with announced.get()("all_reduce_max", found, ranks):
+        with _announced("all_reduce_max", found, ranks):
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
         value = int(found)
     return value
@@ -105,7 +120,7 @@ def all_gather(values: Tensor, ranks: Ranks = None) -> Tensor:
     for group in reversed(groups_of(ranks)):  # the last dimension of a mesh is the one that runs fastest
         sent = rows.to(_device_for(rows, group)).contiguous()
         parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
-        with announced.get()("all_gather", sent, ranks):
+        with _announced("all_gather", sent, ranks):
             dist.all_gather(parts, sent, group=group)
         rows = torch.cat(parts).to(values.device)
     return rows
@@ -119,6 +134,11 @@ def all_gather_object(value: T, ranks: Ranks = None) -> list[T]:
         dist.all_gather_object(lists, found, group=group)
         found = [each for part in lists for each in part]
     return found
+
+
+def _announced(name: str, value: Tensor, ranks: Ranks) -> AbstractContextManager[None]:
+    meeting = announced.get()
+    return nullcontext() if meeting is None else meeting.around(name, value, ranks)
 
 
 def _device_for(value: Tensor, group: dist.ProcessGroup | None) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from xloss.losses.token_batch import TokenBatch
 
 @contextmanager
 def calibrating(
-    loss_cfg: Any, batches: Sequence[TokenBatch], sp_mesh: DeviceMesh | None, group: Ranks = None
+    loss_cfg: Any,
+    batches: Sequence[TokenBatch],
+    sp_mesh: DeviceMesh | None,
+    group: Ranks = None,
+    *,
+    may_fail_late: bool = False,
 ) -> Iterator[None]:
     """Around the building of ``batches`` (items or kwargs): it succeeds on every rank of ``group`` or raises on all.
 
@@ -28,10 +34,11 @@ def calibrating(
     rank's own.
     """
     mesh = next((batch.split.sp_mesh for batch in batches if batch.split is not None), sp_mesh)
-    with together("building batches", lambda: _terms(loss_cfg, batches, mesh), group) as meet:
-        if world_size(mesh) > 1 and mesh is not None:
-            meet("comparison of sequence-parallel ranks")
-            with together("splitting sequences", lambda: _split_terms(batches), mesh):
+    terms = partial(_terms, loss_cfg, batches, mesh)
+    with together("building batches", terms, group, may_fail_late=may_fail_late) as meeting:
+        if mesh is not None and world_size(mesh) > 1:
+            meeting.hold("comparison of sequence-parallel ranks")  # by all, before some of them wait for each other
+            with together("splitting sequences", partial(_split_terms, batches), mesh):
                 pass
         yield
 
