@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -117,7 +116,6 @@ def _one_of_each(cases: Sequence[LossCase]) -> list[LossCase]:
 
 def work(rank: Rank, task: Task) -> list[Seen]:
     """What each rank does. Tells ``(layout, None)`` as one begins, on rank 0, and ``(layout, seen)`` as it ends."""
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nothing writes to
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # gradients are joined slowly
     references, cases, site = References(task), task.cases(), task.site(rank)
     found: list[Seen] = []
