@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
@@ -57,6 +57,17 @@ class TokenStats:
         """Apply ``fn`` to every tensor present."""
         present = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: fn(v) for k, v in present.items() if v is not None})
+
+    def shaped(self, lead: Sequence[int]) -> TokenStats:
+        """Each ``[T, ..]`` as ``[*lead, ..]``; with a gradient it is no view, which FSDP2 warns of in what a model
+        returns: writing into one in place would undo its hooks.
+        """
+
+        def shape(x: Tensor) -> Tensor:
+            shaped = x.reshape(*lead, *x.shape[1:])
+            return shaped.clone() if shaped.requires_grad and shaped._is_view() else shaped
+
+        return self.map(shape)
 
 
 DIFFERENTIABLE: tuple[str, ...] = ("logprobs", "lse", "entropy", "mean_logit", "sum_p2", "divergence")

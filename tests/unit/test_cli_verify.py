@@ -179,6 +179,15 @@ class Raises(Context):
 
 class Raising(BaseLossConfig):
     loss_ctx_cls = property(lambda self: Raises)
+
+
+class Vanishes(Context):
+    def token_loss(self, stats, loss_kwargs):
+        return stats.logprobs * 0 * loss_kwargs.loss_weight
+
+
+class WithoutGradient(BaseLossConfig):
+    loss_ctx_cls = property(lambda self: Vanishes)
 """
 
 
@@ -215,6 +224,7 @@ def test_a_loss_of_ones_own_is_a_config_a_class_or_a_function() -> None:
         ("FalselyLocal", ["chunks", "micro-batches"], "token_local=True each token's loss must depend on that token"),
         ("ReadsPlaces", ["packing", "micro-batches"], "must follow cu_seq_lens"),
         ("Raising", ["chunks", "packing", "micro-batches", "eager"], "one process raised RuntimeError: not today"),
+        ("WithoutGradient", ["chunks", "packing", "micro-batches", "eager"], "is 0 on the made-up batch"),
     ],
 )
 def test_what_is_wrong_with_a_loss_of_ones_own(name: str, failing: list[str], says: str) -> None:

@@ -23,6 +23,7 @@ from xloss import (
     CELossContextInputItem,
     GRPOLossConfig,
     GRPOLossContext,
+    GRPOLossKwargs,
     LogProbConfig,
     LossInfo,
     RLLossContextInputItem,
@@ -143,6 +144,32 @@ def test_logits_of_eager_mode_have_a_gradient() -> None:
     ours = grads(logits[live].square().sum(), hidden, weight)
     theirs = grads((F.linear(hidden, weight) / 2)[live].square().sum(), hidden, weight)
     assert_same(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("ignored", [0, 2])
+@pytest.mark.parametrize("run", [{"mode": "eager"}, {"mode": "chunk", "plan": "two_pass"}], ids=["eager", "two-pass"])
+def test_statistics_with_a_gradient_are_no_views(run: dict[str, Any], ignored: int) -> None:
+    """What a model under FSDP2 returns must not be one: a write in place would undo FSDP2's hooks."""
+    hidden, weight, labels = tensors()
+    labels = torch.where(labels == -100, labels if ignored else 3, labels)
+    cfg = CELossConfig(**run, return_entropy=True)
+    (kwargs,) = CELossContext.build_batches_loss_kwargs([CELossContextInputItem(shifted_labels=labels)], cfg)
+    _, info = CELossContext(cfg, kwargs).forward(hidden, weight)
+    stats = linear_logprobs(hidden, weight, labels, return_entropy=True, mode=run["mode"])
+    for seen in (info, stats):
+        for name in ("logprobs", "lse", "entropy"):
+            value = getattr(seen, name)
+            assert value.shape == labels.shape and value.requires_grad and not value._is_view(), name
+
+
+def test_kwargs_made_by_hand_lack_what_calibration_makes() -> None:
+    hidden, weight, labels = tensors()
+    ones = torch.ones(1, T)
+    made: dict[str, Any] = {"policy_loss_weight": ones, "gradient_factor": torch.ones(())}
+    for name in made:
+        kwargs = GRPOLossKwargs(shifted_labels=labels, advantages=ones, **{n: v for n, v in made.items() if n != name})
+        with pytest.raises(MissingFieldError, match=f"{name} is None in GRPOLossKwargs; call build_batches"):
+            GRPOLossContext(GRPOLossConfig(policy_loss_cfg=VANILLA), kwargs).forward(hidden, weight)
 
 
 @pytest.mark.parametrize("size", [1, 4, T, 50])

@@ -89,7 +89,7 @@ def linear_logprobs(
     )
     inputs = gather_inputs(hidden_states, head_weight, head_bias, labels, temperature, options, run)
     stats, _ = token_stats(inputs, options, run, live_rows(inputs.labels, ignore_index))
-    return stats.map(lambda x: x.reshape(*inputs.lead, *x.shape[1:]))
+    return stats.shaped(inputs.lead)
 
 
 def token_stats(

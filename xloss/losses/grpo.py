@@ -96,7 +96,8 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             calibration.check_whole_groups(homes)
 
     def check_ready(self) -> None:
-        require(self.loss_kwargs, "policy_loss_weight", _CALL_BUILD)
+        for built in ("policy_loss_weight", "gradient_factor"):
+            require(self.loss_kwargs, built, _CALL_BUILD)
         if self.loss_cfg.use_kl_loss:
             if not self.loss_cfg.full_kl:
                 require(self.loss_kwargs, "ref_logprobs", _NEED_REF)

@@ -109,7 +109,7 @@ class _Run:
     def info(self, loss: Tensor, live_stats: TokenStats, token_loss: Tensor | None, plan: Plan) -> LossInfo:
         """Everything in the shape of the labels."""
         lead = self.inputs.lead
-        stats = spread_stats(live_stats, self.rows).map(lambda x: x.reshape(*lead, *x.shape[1:]))
+        stats = spread_stats(live_stats, self.rows).shaped(lead)
         return LossInfo(
             loss=loss.detach(),
             plan=plan,
