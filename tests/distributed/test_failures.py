@@ -24,10 +24,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.distributed import failing
+from tests.distributed.ranks import alone, context, spawn
 from tests.docs.test_readme_and_docs import blocks
 from xloss import (
     CELossConfig,
@@ -50,7 +50,6 @@ KL = {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "k3"}
 
 
 def join(rank: int, folder: str, seconds: int) -> None:
-    torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=seconds)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous-{seconds}", rank=rank, world_size=WORLD, timeout=limit
@@ -179,35 +178,23 @@ def steps(rank: int) -> dict[str, list[str]]:
     return found
 
 
-def worker(rank: int, folder: str) -> None:
-    join(rank, folder, 150)
-    try:
-        mesh, found = init_device_mesh("cpu", (WORLD,)), {}
-        for name, job in jobs(rank, mesh).items():
-            try:
-                job()
-                found[name] = ("", "", "")
-            except Exception as error:
-                notes = "\n".join(getattr(error, "__notes__", []))
-                found[name] = (type(error).__name__, str(error), notes)
-        torch.save({"errors": found, "steps": steps(rank)}, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def all_jobs(rank: int) -> dict[str, Any]:
+    mesh, found = init_device_mesh("cpu", (WORLD,)), {}
+    for name, job in jobs(rank, mesh).items():
+        try:
+            job()
+            found[name] = ("", "", "")
+        except Exception as error:
+            notes = "\n".join(getattr(error, "__notes__", []))
+            found[name] = (type(error).__name__, str(error), notes)
+    return {"errors": found, "steps": steps(rank)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank raised, job by job."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    start = mp.spawn(worker, args=(str(folder),), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 120  # under the group's timeout, which would end a hang
-    try:
-        while not start.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks hang"
-    finally:
-        for process in start.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    folder = tmp_path_factory.mktemp("ranks")
+    return spawn(WORLD, all_jobs, folder, seconds=150, within=120)  # a hang fails, before the group's timeout ends it
 
 
 ONE_RAISES = {  # what rank 1 raises, and what the others hear of it
@@ -334,6 +321,7 @@ def test_page_shows_what_two_ranks_print(tmp_path: Path) -> None:
 
 def train(rank: int, folder: str, how: str) -> None:
     """Steps without end, until rank 1 leaves in the middle of one."""
+    alone()
     join(rank, folder, 150)  # processes may start far apart
     dist.barrier()
     dist.destroy_process_group()
@@ -361,7 +349,7 @@ def jobs_that_lose_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
     for how in ("killed", "stuck"):
         folder = tmp_path_factory.mktemp(how)
         workers = [functools.partial(train, rank, str(folder), how) for rank in range(WORLD)]
-        started[how] = folder, [mp.get_context("spawn").Process(target=worker) for worker in workers]
+        started[how] = folder, [context().Process(target=worker) for worker in workers]
     every = [process for _, processes in started.values() for process in processes]
     for process in every:
         process.start()
