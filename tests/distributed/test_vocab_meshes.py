@@ -132,7 +132,7 @@ SAID = {
     "short": "OptionError: the ranks' rows must be exactly 0:7",
     "sizes": "OptionError: the ranks' rows must be exactly 0:[78], .* vocab_size one number",
     "shard of a shard": "UnsupportedError: VocabShard's weight is a DTensor; give that itself as head_weight",
-    "loss_fn": "UnsupportedError: a custom loss_fn gets plain tensors",
+    "loss_fn": "UnsupportedError: a custom loss_fn gets a plain weight; .*: define token_loss",
     "label": "LabelError: labels holds .*; accepted: 0 to 6",
     "teacher": "UnsupportedError: the teacher's head is split .* and the student's is split otherwise",
     "eager teacher": "UnsupportedError: mode='eager' cannot gather a teacher",
