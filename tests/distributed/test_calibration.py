@@ -9,19 +9,16 @@ process group.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests import budgets
+from tests.distributed.ranks import spawn
 from tests.oracle import ce, grpo, head
 from xloss import (
     CELossConfig,
@@ -145,24 +142,14 @@ def jobs(rank: int) -> dict[str, Callable[[], dict[str, Any]]]:
     return todo
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)  # ranks that disagree on their collectives fail instead of hanging
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=limit
-    )
-    try:
-        torch.save({name: job() for name, job in jobs(rank).items()}, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def job(rank: int) -> dict[str, Any]:
+    return {name: todo() for name, todo in jobs(rank).items()}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks saw."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return spawn(WORLD, job, tmp_path_factory.mktemp("ranks"))
 
 
 def reference(name: str, **data: Any) -> tuple[Tensor, Tensor]:

@@ -2,20 +2,13 @@
 
 Contract: where batches are built, a rank that raises is named on every rank with what it raised, wherever in the
 build that is; ranks that differ in config, fields, mesh or collectives all raise and say who has what; none hangs, and
-the group works afterwards. A rank without a live token takes part in the same collectives as the others. When a
-process is killed, or stuck, the others end with an error that names them within the group's timeout.
+the group works afterwards. A rank without a live token takes part in the same collectives as the others.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.distributed import failing
-from tests.docs.test_readme_and_docs import blocks
+from tests.distributed.pages import DOCS, shown_and_printed
+from tests.distributed.ranks import spawn
 from xloss import (
     CELossConfig,
     CELossContextInputItem,
@@ -42,19 +35,10 @@ from xloss.distributed import agree
 
 pytestmark = pytest.mark.distributed
 WORLD = 3
-TIMEOUT = 5  # seconds, of the process group where a rank dies
 LABELS = torch.tensor([[1, 2, -100, 4, 5]])
 BOUNDS = torch.tensor([0, 2, 5])
 POLICY = {"loss_type": "vanilla", "cliprange_low": 0.2, "cliprange_high": 0.2}
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "k3"}
-
-
-def join(rank: int, folder: str, seconds: int) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=seconds)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous-{seconds}", rank=rank, world_size=WORLD, timeout=limit
-    )
 
 
 def ce(labels: torch.Tensor = LABELS, **fields: Any) -> CELossContextInputItem:
@@ -179,35 +163,23 @@ def steps(rank: int) -> dict[str, list[str]]:
     return found
 
 
-def worker(rank: int, folder: str) -> None:
-    join(rank, folder, 150)
-    try:
-        mesh, found = init_device_mesh("cpu", (WORLD,)), {}
-        for name, job in jobs(rank, mesh).items():
-            try:
-                job()
-                found[name] = ("", "", "")
-            except Exception as error:
-                notes = "\n".join(getattr(error, "__notes__", []))
-                found[name] = (type(error).__name__, str(error), notes)
-        torch.save({"errors": found, "steps": steps(rank)}, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def all_jobs(rank: int) -> dict[str, Any]:
+    mesh, found = init_device_mesh("cpu", (WORLD,)), {}
+    for name, job in jobs(rank, mesh).items():
+        try:
+            job()
+            found[name] = ("", "", "")
+        except Exception as error:
+            notes = "\n".join(getattr(error, "__notes__", []))
+            found[name] = (type(error).__name__, str(error), notes)
+    return {"errors": found, "steps": steps(rank)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank raised, job by job."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    start = mp.spawn(worker, args=(str(folder),), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 120  # under the group's timeout, which would end a hang
-    try:
-        while not start.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks hang"
-    finally:
-        for process in start.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    folder = tmp_path_factory.mktemp("ranks")
+    return spawn(WORLD, all_jobs, folder, seconds=150, within=120)  # a hang fails, before the group's timeout ends it
 
 
 ONE_RAISES = {  # what rank 1 raises, and what the others hear of it
@@ -314,68 +286,7 @@ def test_ranks_text(ranks: list[int], text: str) -> None:
 
 
 def test_page_shows_what_two_ranks_print(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    page = (root / "docs" / "failures.md").read_text(encoding="utf-8")
-    (block,) = blocks(page)
-    script = tmp_path / "two_ranks.py"
-    script.write_text(block.code, encoding="utf-8")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    path = os.pathsep.join([str(root), str(root / "kernels")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    assert f"```text\n{done.stdout}```" in page
-    (section,) = re.findall(r"^## `rank`.*\Z", (root / "docs" / "errors.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert done.stdout.splitlines()[0].removeprefix("rank 0: ") in section
-
-
-# -- a rank that is gone ------------------------------------------------------------------------------------------
-
-
-def train(rank: int, folder: str, how: str) -> None:
-    """Steps without end, until rank 1 leaves in the middle of one."""
-    join(rank, folder, 150)  # processes may start far apart
-    dist.barrier()
-    dist.destroy_process_group()
-    join(rank, folder, TIMEOUT)
-    cfg = CELossConfig()
-    try:
-        for step in range(1000):
-            ctx = build(ce(), cfg)
-            _, info = ctx.forward(torch.ones(1, 5, 3), torch.ones(7, 3))
-            if rank == 1 and step == 2:
-                if how == "killed":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(600)
-            if step % 2:
-                finalize_metrics([info.metrics])
-    except Exception as error:
-        Path(folder, f"{rank}.txt").write_text("\n".join([repr(error), *getattr(error, "__notes__", [])]))
-        os._exit(1)  # as a trainer that raises ends; a broken group is not left in order
-
-
-@pytest.fixture(scope="module")
-def jobs_that_lose_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, list[Any]]]]:
-    """Three running processes and their folder, for each way to lose one."""
-    started: dict[str, tuple[Path, list[Any]]] = {}
-    for how in ("killed", "stuck"):
-        folder = tmp_path_factory.mktemp(how)
-        workers = [functools.partial(train, rank, str(folder), how) for rank in range(WORLD)]
-        started[how] = folder, [mp.get_context("spawn").Process(target=worker) for worker in workers]
-    every = [process for _, processes in started.values() for process in processes]
-    for process in every:
-        process.start()
-    yield started
-    for process in every:
-        process.kill()
-        process.join()
-
-
-@pytest.mark.parametrize("how", ["killed", "stuck"])
-def test_lost_rank_ends_the_others(jobs_that_lose_one: dict[str, tuple[Path, list[Any]]], how: str) -> None:
-    folder, processes = jobs_that_lose_one[how]
-    for rank in (0, 2):
-        processes[rank].join(timeout=TIMEOUT + 90)  # the rest is for starting on a busy machine
-        assert processes[rank].exitcode == 1, f"exit status {processes[rank].exitcode}"
-        text = (folder / f"{rank}.txt").read_text()
-        assert f"rank {rank} of 3 waited for the others while building batches" in text
+    page, printed = shown_and_printed("failures.md", "tests/distributed/test_failures.py", tmp_path)
+    assert f"```text\n{printed}```" in page, printed
+    (section,) = re.findall(r"^## `rank`.*\Z", (DOCS / "errors.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert printed.splitlines()[0].removeprefix("rank 0: ") in section

@@ -8,17 +8,13 @@ to read a head that would train on something else are refused, each with a messa
 
 from __future__ import annotations
 
-import datetime
 import warnings
 from contextlib import nullcontext
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -26,6 +22,7 @@ import xloss
 from tests import budgets
 from tests.distributed import head_layouts as layouts
 from tests.distributed.head_layouts import BOUNDS, GSPO, LAYOUTS, LOSSES, STEPS, WORLD, H, Layout, Model, T
+from tests.distributed.ranks import spawn
 from tests.oracle import ce, head, policies
 
 pytestmark = pytest.mark.distributed
@@ -129,38 +126,28 @@ ATTEMPTS = [
 ]
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def job(rank: int) -> dict[Any, Any]:
     warnings.simplefilter("ignore")
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=limit
-    )
-    try:
-        found: dict[Any, Any] = {}
-        for name, layout in LAYOUTS.items():
-            for loss in LOSSES:
-                found[name, loss] = layouts.train(layout, loss, rank)
-        for name in TWICE:
-            for loss in LOSSES:
-                found["twice", name, loss] = two_forwards(name, loss, rank)
-        for name in ("own-reshard", "own-keep", "norm-reshard", "root"):
-            found["eval", name] = evaluation(name, rank)
-        for dtype in (torch.bfloat16, torch.float64):
-            found[dtype] = half_precision_head(dtype, rank)
-        for case in ATTEMPTS:
-            found[case] = attempt(*case, rank)
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    found: dict[Any, Any] = {}
+    for name, layout in LAYOUTS.items():
+        for loss in LOSSES:
+            found[name, loss] = layouts.train(layout, loss, rank)
+    for name in TWICE:
+        for loss in LOSSES:
+            found["twice", name, loss] = two_forwards(name, loss, rank)
+    for name in ("own-reshard", "own-keep", "norm-reshard", "root"):
+        found["eval", name] = evaluation(name, rank)
+    for dtype in (torch.bfloat16, torch.float64):
+        found[dtype] = half_precision_head(dtype, rank)
+    for case in ATTEMPTS:
+        found[case] = attempt(*case, rank)
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What both ranks saw."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return spawn(WORLD, job, tmp_path_factory.mktemp("ranks"))
 
 
 def oracle_loss(model: Model, loss: str, step: int) -> Tensor:

@@ -7,15 +7,10 @@ tensor-parallel pair are counted once.
 
 from __future__ import annotations
 
-import datetime
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
@@ -23,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from tests.distributed import head_layouts as layouts
 from tests.distributed.head_layouts import LOSSES, WORLD, Layout
+from tests.distributed.ranks import spawn
 from tests.distributed.test_head_access import assert_same, oracle_gradients
 
 pytestmark = pytest.mark.distributed
@@ -47,26 +43,15 @@ def train(unit: tuple[str, ...], loss: str) -> dict[str, Any]:
     return {name: layouts.whole(p.grad) for name, p in model.named_parameters()}
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def job(rank: int) -> dict[Any, Any]:
     warnings.simplefilter("ignore")
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2 * WORLD, timeout=limit
-    )
-    try:
-        found = {(name, loss): train(unit, loss) for name, unit in UNITS.items() for loss in LOSSES}
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    return {(name, loss): train(unit, loss) for name, unit in UNITS.items() for loss in LOSSES}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What all ranks saw."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=2 * WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2 * WORLD)]
+    return spawn(2 * WORLD, job, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

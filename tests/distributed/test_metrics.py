@@ -8,17 +8,14 @@ split over both ranks counts once.
 
 from __future__ import annotations
 
-import datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from tests.distributed.ranks import spawn
 from xloss import (
     CELossConfig,
     CELossContextInputItem,
@@ -103,35 +100,24 @@ def split_sequences() -> float:
     return float(finalize_metrics([kwargs.built_metrics])["num_sequences"])
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=limit
-    )
-    try:
-        rows = slice(0, 2) if rank == 0 else slice(2, 4)
-        seen = {
-            "few": finalize_metrics(parts(rank)),
-            "many": finalize_metrics(parts(rank, 2000)),
-            "errors": {how: differing(rank, how) for how in ("name", "reducer", "many")},
-            "few-alone": finalize_metrics(parts(0) if rank == 0 else []),
-            "many-alone": finalize_metrics(parts(0, 2000) if rank == 0 else []),
-            "none": finalize_metrics([]),
-            "mean": terms(rows, "mean"),
-            "sum": terms(rows, "sum"),
-            "split": split_sequences(),
-        }
-        torch.save(seen, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def job(rank: int) -> dict[str, Any]:
+    rows = slice(0, 2) if rank == 0 else slice(2, 4)
+    return {
+        "few": finalize_metrics(parts(rank)),
+        "many": finalize_metrics(parts(rank, 2000)),
+        "errors": {how: differing(rank, how) for how in ("name", "reducer", "many")},
+        "few-alone": finalize_metrics(parts(0) if rank == 0 else []),
+        "many-alone": finalize_metrics(parts(0, 2000) if rank == 0 else []),
+        "none": finalize_metrics([]),
+        "mean": terms(rows, "mean"),
+        "sum": terms(rows, "sum"),
+        "split": split_sequences(),
+    }
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return spawn(WORLD, job, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", ["few", "many"])

@@ -6,16 +6,13 @@ one process that holds them all, KTO's global reference point included; a rank w
 
 from __future__ import annotations
 
-import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tests import budgets
+from tests.distributed.ranks import spawn
 from tests.oracle.preference import Objective
 from tests.property.preferences import Case, case, config, gold_step, items, run_step
 from xloss import PreferenceLossContext, finalize_metrics
@@ -61,25 +58,14 @@ def job(rank: int, name: str, reduce: str) -> dict[str, Any]:
 NAMES = ("dpo", "kto", "dpo-dead", "kto-dead")
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)  # ranks that disagree on their collectives fail instead of hanging
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=limit
-    )
-    try:
-        found = {(name, reduce): job(rank, name, reduce) for name in NAMES for reduce in ("sum", "mean")}
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def jobs(rank: int) -> dict[Any, dict[str, Any]]:
+    return {(name, reduce): job(rank, name, reduce) for name in NAMES for reduce in ("sum", "mean")}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str, Any]]]:
     """What both ranks saw."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return spawn(WORLD, jobs, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])

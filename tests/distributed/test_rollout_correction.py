@@ -6,18 +6,15 @@ process that holds everything, for corrections that look at a token, a sequence 
 
 from __future__ import annotations
 
-import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tests import budgets
+from tests.distributed.ranks import spawn
 from tests.property.correction_problem import problem
 from xloss import GRPOLossConfig, OrealLossConfig, finalize_metrics
 
@@ -63,26 +60,15 @@ def step(cfg: GRPOLossConfig, batches: list[int], sp_mesh: DeviceMesh | None = N
     return {"loss": loss.detach(), "grad": weight.grad, "metrics": metrics}
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=limit
-    )
-    try:
-        mesh = init_device_mesh("cpu", (WORLD,))
-        seen = {name: step(cfg, [rank]) for name, cfg in CONFIGS.items()}
-        seen |= {f"{name}-split": step(cfg, [0], mesh, rank) for name, cfg in CONFIGS.items()}
-        torch.save(seen, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def job(rank: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    seen = {name: step(cfg, [rank]) for name, cfg in CONFIGS.items()}
+    return seen | {f"{name}-split": step(cfg, [0], mesh, rank) for name, cfg in CONFIGS.items()}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return spawn(WORLD, job, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.multiprocessing as mp
 
+from tests.distributed.ranks import alone, run_processes
 from xloss import CELossContext, TokenRanks
 from xloss.cli import app
 from xloss.distributed import ranks as rank_sums
@@ -133,7 +132,7 @@ BUGS = {
 
 
 def worker(rank: int, folder: str, ports: list[int]) -> None:
-    torch.set_num_threads(1)
+    alone()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     for (bug, (layouts, _)), port in zip(BUGS.items(), ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
@@ -151,7 +150,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
         for s in free:
             s.bind(("localhost", 0))
         ports = [s.getsockname()[1] for s in free]
-    mp.spawn(worker, args=(str(folder), ports), nprocs=2)
+    run_processes(worker, str(folder), ports, nprocs=2)
     return {bug: [json.loads((folder / f"{bug}-{rank}.json").read_text()) for rank in range(2)] for bug in BUGS}
 
 

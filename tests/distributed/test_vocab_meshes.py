@@ -8,10 +8,7 @@ them, and splits with gaps are refused on every rank, with the remedy.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,8 @@ from torch import nn
 
 from tests import budgets
 from tests.distributed import vocab_meshes, vocab_ranks
+from tests.distributed.pages import shown_and_printed
 from tests.distributed.vocab_meshes import EMPTY_V, WORLD, V, context, problem
-from tests.docs.test_readme_and_docs import blocks
 from xloss import linear_logprobs
 
 pytestmark = pytest.mark.distributed
@@ -132,7 +129,7 @@ SAID = {
     "short": "OptionError: the ranks' rows must be exactly 0:7",
     "sizes": "OptionError: the ranks' rows must be exactly 0:[78], .* vocab_size one number",
     "shard of a shard": "UnsupportedError: VocabShard's weight is a DTensor; give that itself as head_weight",
-    "loss_fn": "UnsupportedError: a custom loss_fn gets a plain weight; head_weight is .* a part of a vocabulary .*: define token_loss",
+    "loss_fn": "UnsupportedError: a custom loss_fn gets a plain weight; .*: define token_loss",
     "label": "LabelError: labels holds .*; accepted: 0 to 6",
     "teacher": "UnsupportedError: the teacher's head is split .* and the student's is split otherwise",
     "eager teacher": "UnsupportedError: mode='eager' cannot gather a teacher",
@@ -147,13 +144,5 @@ def test_refused_on_every_rank(ranks: list[dict[str, Any]], name: str) -> None:
 
 
 def test_page_shows_what_two_ranks_print(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    page = (root / "docs" / "vocab-parallel.md").read_text(encoding="utf-8")
-    (block,) = blocks(page)
-    script = tmp_path / "two_ranks.py"
-    script.write_text(block.code, encoding="utf-8")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    assert f"```text\n{done.stdout}```" in page
+    page, printed = shown_and_printed("vocab-parallel.md", "tests/distributed/test_vocab_meshes.py", tmp_path)
+    assert f"```text\n{printed}```" in page, printed

@@ -5,17 +5,15 @@ Batches are built before ranks know of each other: ranks that share a vocabulary
 
 from __future__ import annotations
 
-import datetime
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
+from tests.distributed import ranks
 from tests.property.registry import PLAIN
 from tests.property.world import VOCAB, WORLD, Case, Result
 from xloss import CELossConfig, CELossContextInputItem, VocabShard, linear_logprobs
@@ -186,18 +184,13 @@ def as_result(seen: Sequence[dict[str, Any]], bounds: tuple[tuple[int, int], ...
 
 
 def _worker(rank: int, size: int, folder: str, makers: dict[str, Job]) -> None:
-    torch.set_num_threads(1)
+    ranks.alone()
     jobs = {name: make(rank) for name, make in makers.items()}
-    limit = datetime.timedelta(seconds=60)  # ranks that disagree on their collectives fail instead of hanging
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=limit)
-    try:
-        found = {name: job() for name, job in jobs.items()}
-    finally:
-        dist.destroy_process_group()
-    Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(found))
+    with ranks.group(folder, rank, size):
+        torch.save({name: job() for name, job in jobs.items()}, f"{folder}/{rank}.pt")
 
 
 def spawn(folder: Path, size: int, makers: dict[str, Job]) -> list[dict[str, Any]]:
     """What each of ``size`` ranks found, by job."""
-    mp.spawn(_worker, args=(size, str(folder), makers), nprocs=size)
-    return [pickle.loads(Path(folder, f"{rank}.pkl").read_bytes()) for rank in range(size)]
+    ranks.run_processes(_worker, size, str(folder), makers, nprocs=size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]

@@ -34,7 +34,7 @@ def chosen_module(wrapper: Any) -> nn.Module:
 def active_adapters(layer: Any) -> tuple[tuple[Lora, ...], Tensor | None]:
     """Adapters that a PEFT layer's forward would add to its base layer, and what they add to the bias.
 
-    None where they are disabled or merged into the base layer.
+    No adapter where they are disabled or merged into the base layer.
     """
     if "original_module" in layer._modules:
         return (), None

@@ -6,13 +6,13 @@ tokens. What was meant cannot be seen, so what is the case is checked, in each f
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xloss.distributed.agree import digest
 from xloss.distributed.groups import all_gather, all_gather_object
 from xloss.errors import UnsupportedError
 
@@ -30,10 +30,9 @@ def check_same_tokens(
     mismatch is then a failed device assertion).
     """
     device = labels.device
-    digest = zlib.crc32(repr(sorted(facts.items())).encode())
     mine = torch.stack(
         [
-            torch.full((), digest, dtype=torch.float64, device=device),
+            torch.full((), digest(sorted(facts.items())), dtype=torch.float64, device=device),
             labels_hash(labels),
             *_projection(hidden, live),
         ]

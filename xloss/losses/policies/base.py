@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, SerializeAsAny
 from torch import Tensor
 
-from xloss.errors import OptionError, unknown_name
+from xloss.errors import unknown_name
 from xloss.head.backend import TwinName
+from xloss.losses.loss_type import register
 from xloss.losses.model import StrictModel
 from xloss.metrics import Metric
 from xloss.policy.batch import PolicyBatch
@@ -93,17 +94,7 @@ def register_policy_loss(cls: type[Config]) -> type[Config]:
 
     Raises ``OptionError`` when the tag is missing or another class has it.
     """
-    field = cls.model_fields.get("loss_type")
-    name = None if field is None else field.default
-    if not isinstance(name, str):
-        raise OptionError(
-            f'{cls.__name__} must declare its tag with a default: loss_type: Literal["my_loss"] = "my_loss"'
-        )
-    other = _BY_TYPE.get(name)
-    if other is not None and other.__qualname__ != cls.__qualname__:
-        raise OptionError(f"loss_type {name!r} of {cls.__name__} is taken by {other.__name__}; choose another name")
-    _BY_TYPE[name] = cls
-    return cls
+    return register(cls, _BY_TYPE)
 
 
 def policy_losses() -> dict[str, type[PolicyLossConfig]]:

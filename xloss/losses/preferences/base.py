@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny
 from torch import Tensor
 
-from xloss.errors import OptionError, unknown_name
+from xloss.errors import unknown_name
+from xloss.losses.loss_type import register
 from xloss.losses.model import StrictModel
 
 SHARED = ("beta", "label_smoothing", "average_log_prob")
@@ -131,17 +132,11 @@ _BY_TYPE: dict[str, type[PreferenceTerm]] = {}
 
 
 def register_preference_loss(cls: type[Term]) -> type[Term]:
-    """Class decorator: make a term known by its ``loss_type``. Raises ``OptionError`` when the tag is taken."""
-    name = cls.model_fields["loss_type"].default
-    if not isinstance(name, str):
-        raise OptionError(
-            f'{cls.__name__} must declare its tag with a default: loss_type: Literal["my_loss"] = "my_loss"'
-        )
-    other = _BY_TYPE.get(name)
-    if other is not None and other.__qualname__ != cls.__qualname__:
-        raise OptionError(f"loss_type {name!r} of {cls.__name__} is taken by {other.__name__}; choose another name")
-    _BY_TYPE[name] = cls
-    return cls
+    """Class decorator: make a term known by its ``loss_type``.
+
+    Raises ``OptionError`` when the tag is missing or another class has it.
+    """
+    return register(cls, _BY_TYPE)
 
 
 def preference_losses() -> dict[str, type[PreferenceTerm]]:
