@@ -12,12 +12,15 @@ SHARED = "What the snippets share"
 
 @dataclass(frozen=True)
 class Section:
-    """One ``##`` section. ``needs``: packages named in ``<!-- needs: a, b -->`` below its title."""
+    """One ``##`` section. ``needs``: packages named in ``<!-- needs: a, b -->`` below its title. ``ranks``: processes
+    that run it, those of ``<!-- ranks: 2 -->``.
+    """
 
     title: str
     text: str
     line: int
     needs: tuple[str, ...]
+    ranks: int
 
 
 def sections() -> list[Section]:
@@ -27,7 +30,9 @@ def sections() -> list[Section]:
         text = page[match.start() : end]
         needs = re.search(r"<!-- needs: (.*?) -->", text)
         names = tuple(name.strip() for name in needs[1].split(",")) if needs else ()
-        found.append(Section(match[1], text, page.count("\n", 0, match.start()), names))
+        ranks = re.search(r"<!-- ranks: (\d+) -->", text)
+        line = page.count("\n", 0, match.start())
+        found.append(Section(match[1], text, line, names, int(ranks[1]) if ranks else 1))
     return found
 
 

@@ -21,6 +21,7 @@ from tests.integrations.page import write_between
 HERE = Path(__file__).parent
 NUMBERS = HERE / "report.json"
 MARK = "comparisons"
+_WIDE = 80  # characters of a cell
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,24 @@ def stored() -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows of one adapter that differ after the first comma of ``what`` share a line, with the largest difference."""
+    """Rows of one adapter that differ after the first comma of ``what`` share a line, with the largest difference.
+
+    Where they are many, the line counts them, and a list below the table names them.
+    """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         what = row.what.partition(", ")[0]
         groups.setdefault((row.adapter, f"{row.package} {row.version}", what), []).append(row)
     lines = ["| adapter | package | what was run | largest relative gradient difference |", "|---|---|---|---|"]
+    below = []
     for (adapter, package, what), members in groups.items():
-        variants = [row.what.partition(", ")[2] for row in members]
-        told = what + (f": {'; '.join(variants)}" if any(variants) else "")
+        variants = [variant for row in members if (variant := row.what.partition(", ")[2])]
+        told = f"{what}: {'; '.join(variants)}" if variants else what
+        if len(told) > _WIDE:
+            below.append(f"- `{adapter}`, {told}")
+            told = f"{what}: {len(variants)} cases"
         lines.append(f"| `{adapter}` | {package} | {told} | {max(row.difference for row in members):.1e} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", "The cases:", "", *below] if below else [])])
 
 
 def main(asked: list[str]) -> None:

@@ -158,6 +158,14 @@ def test_a_copy_trains_its_own_weights() -> None:
     assert twin.lm_head.weight.grad is not None and model.lm_head.weight.grad is None
 
 
+def test_a_pickled_model_comes_back_without_it(tmp_path: Path) -> None:
+    model = attach(build("llama")).train()
+    torch.save(model, tmp_path / "model.pt")
+    found = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert not is_attached(found) and found(**batch()).logits is not None
+    assert attach(found)(**batch()).logits is None
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model, data = build("llama").train(), batch()

@@ -179,7 +179,14 @@ def test_what_a_function_returns_is_checked() -> None:
     def text(next_token_logprobs: Any, data: Any, global_valid_seqs: Any, global_valid_toks: Any) -> Any:
         return next_token_logprobs.sum(), {"which": "this"}
 
-    for fn, says in ((vector, "0-d loss"), (text, "'which'")):
+    def loss_alone(next_token_logprobs: Any, data: Any, global_valid_seqs: Any, global_valid_toks: Any) -> Any:
+        return next_token_logprobs.sum()
+
+    def no_metrics(next_token_logprobs: Any, data: Any, global_valid_seqs: Any, global_valid_toks: Any) -> Any:
+        return next_token_logprobs.sum(), None
+
+    cases = ((vector, "0-d loss"), (text, "'which'"), (loss_alone, "must return"), (no_metrics, "and a dict"))
+    for fn, says in cases:
         ctx = from_nemo_rl(fn, "token_level").build(batch())
         ctx.build_batches([ctx])
         with pytest.raises(OptionError, match=says):

@@ -118,7 +118,7 @@ ADAPTER = "xloss.adapters.torchtitan"
 COMPARISONS = [
     *(
         Comparison(
-            "torchtitan",
+            ADAPTER,
             "torchtitan",
             f"ChunkedLossWrapper(CrossEntropyLoss), mode={mode}",
             partial(ce_difference, mode),

@@ -85,6 +85,8 @@ def test_cross_entropy_as_a_custom_loss() -> None:
         (lambda data, lps: (torch.cat(lps), {}), OptionError),
         (lambda data, lps: (1.0, {}), OptionError),
         ("cross_entropy", OptionError),
+        (lambda data, lps: (torch.cat(lps).sum(), None), OptionError),
+        (lambda data, lps: (torch.cat(lps).sum(), {"figure": torch.zeros(2)}), OptionError),
         (lambda data, lps: ((torch.cat(lps) - torch.cat(lps).detach()).sqrt().sum(), {}), NonFiniteError),
     ],
 )

@@ -17,6 +17,7 @@ from tests.packed_models import attention_model
 from tests.unit.tinker_data import VOCAB, alone, client_of, same, supervised, want
 from xloss.errors import (
     GraphError,
+    NonFiniteError,
     OptionError,
     XlossError,
 )
@@ -75,6 +76,24 @@ def test_steps_that_cannot_be() -> None:
         client.optim_step(SimpleNamespace(type="dimuon", learning_rate=0.1))
     with pytest.raises(OptionError, match="Did you mean 'learning_rate'"):
         client.optim_step({"learningrate": 0.1})
+    for wrong in ({"learning_rate": -1.0}, {"learning_rate": float("nan")}, {"beta2": 1.0}, {"grad_clip_norm": -1.0}):
+        with pytest.raises(OptionError, match=next(iter(wrong))):
+            client.optim_step(wrong)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_is_no_step(clip: float) -> None:
+    """A ratio overflows: the weights stay as they were."""
+    client = client_of()
+    before = copy.deepcopy(client.model.state_dict())
+    inputs = {"target_tokens": [1, 2], "logprobs": [-2000.0, -1.0], "advantages": [1.0, 1.0]}
+    client.forward_backward([Datum([3, 4], inputs)], "importance_sampling")
+    with pytest.raises(NonFiniteError, match="zero_grad"):
+        client.optim_step(AdamParams(grad_clip_norm=clip))
+    assert all(torch.equal(value, before[name]) for name, value in client.model.state_dict().items())
+    client.zero_grad()
+    client.forward_backward(supervised(), "cross_entropy")
+    client.optim_step(AdamParams(grad_clip_norm=clip))
 
 
 def test_a_failure_among_packs_stops_the_next_step() -> None:

@@ -160,11 +160,11 @@ class NemoContext(BaseLossContext[BaseLossContextInputItem]):
         """The function's loss, times what the engine's reduction of gradients asks, and its metrics."""
         cfg = self.loss_cfg
         counts = {"global_valid_seqs": kw.global_valid_seqs, "global_valid_toks": kw.global_valid_toks}
-        loss, metrics = cfg.nemo_loss(**{cfg.takes: taken}, data=data, **counts)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            raise OptionError("nemo_loss must return (loss, metrics) with a 0-d loss")
-        found = {name: _metric(name, value, loss) for name, value in metrics.items()}
-        return loss * kw.gradient_factor, found
+        returned = cfg.nemo_loss(**{cfg.takes: taken}, data=data, **counts)
+        loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+        if not isinstance(loss, Tensor) or loss.ndim or not isinstance(metrics, Mapping):
+            raise OptionError("nemo_loss must return (loss, metrics) with a 0-d loss and a dict")
+        return loss * kw.gradient_factor, {name: _metric(name, value, loss) for name, value in metrics.items()}
 
 
 class NemoLogitContext(NemoContext):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from xloss import distributed
-from xloss.errors import GraphError, OptionError, UnsupportedError
+from xloss.errors import GraphError, NonFiniteError, OptionError, UnsupportedError
 from xloss.head.dispatch import Mode
 from xloss.tinker import checkpoints
 from xloss.tinker.async_calls import AsyncCalls
@@ -169,7 +169,8 @@ class TrainingClient(AsyncCalls, Ready):
             ``Future`` of ``OptimStepResponse``, with ``grad_norm`` before clipping.
 
         Raises:
-            OptionError: not the numbers of AdamW. GraphError: there is no gradient.
+            OptionError: not the numbers of AdamW. GraphError: there is no gradient. NonFiniteError: its norm is NaN or
+                inf, which would be in every weight after the step; the weights stay, and so does the gradient.
         """
         if (optim_params is None) == (adam_params is None):
             raise OptionError("give AdamParams, as optim_params or as adam_params")
@@ -180,7 +181,10 @@ class TrainingClient(AsyncCalls, Ready):
         if all(p.grad is None for p in weights):
             raise GraphError("optim_step without a gradient: call forward_backward first")
         limit = params.grad_clip_norm if params.grad_clip_norm > 0 else float("inf")
-        norm = float(nn.utils.clip_grad_norm_(weights, limit))
+        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        if not norm.isfinite():
+            raise NonFiniteError(f"the gradient's norm is {float(norm)}: no step is taken; zero_grad() forgets it")
+        nn.utils.clip_grads_with_norm_(weights, limit, norm)
         self._optimizer.param_groups[0].update(
             lr=params.learning_rate,
             betas=(params.beta1, params.beta2),
@@ -189,7 +193,7 @@ class TrainingClient(AsyncCalls, Ready):
         )
         self._optimizer.step()
         self.zero_grad()
-        return Future(self._answers.stepped({"grad_norm": norm}))
+        return Future(self._answers.stepped({"grad_norm": float(norm)}))
 
     # -- weights ---------------------------------------------------------------------------------------------------
 

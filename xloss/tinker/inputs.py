@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xloss.errors import MissingFieldError, OptionError, ShapeError, UnsupportedError, unknown_name
+from xloss.errors import MissingFieldError, NonFiniteError, OptionError, ShapeError, UnsupportedError, unknown_name
 from xloss.losses.base import BaseLossContext
 from xloss.losses.ce import CELossConfig, CELossContextInputItem
 from xloss.losses.config import BaseLossConfig
@@ -157,6 +157,8 @@ def _per_token(name: str, value: Tensor, row: Row, mark: PerToken) -> Tensor:
     if not fits or value.ndim > (2 if mark.trailing else 1):
         want = tuple(row.targets.shape) if name == "weights" else (length,)
         raise ShapeError(f"{name} must be {want}, one row for each token; got {tuple(value.shape)}")
+    if name == "weights" and not bool(value.isfinite().all()):  # a loss checks the tensors of a rollout itself
+        raise NonFiniteError(f"weights must be finite; got {value}")
     floating = isinstance(mark.pad, float)
     return value.float() if floating and not value.dtype.is_floating_point else value
 

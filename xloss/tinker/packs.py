@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xloss.errors import MissingFieldError, OptionError, ShapeError
+from xloss.errors import DtypeError, MissingFieldError, OptionError, ShapeError
 from xloss.tinker.types import tensor_of, tokens_of
 
 IGNORE = -100
@@ -39,6 +39,8 @@ def read_datum(datum: Any, index: int) -> Row:
             f"{at} target_tokens must be [N] or [N, K] with N = {tokens.shape[0]}, one row for each token of "
             f"model_input; got {tuple(targets.shape)}"
         )
+    if targets.dtype.is_floating_point:
+        raise DtypeError(f"{at} target_tokens must be integer; got {targets.dtype}")
     return Row(tokens, targets, inputs)
 
 

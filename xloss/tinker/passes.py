@@ -163,4 +163,7 @@ def _called(fn: CustomLoss, data: Sequence[Any], logprobs: list[Tensor]) -> tupl
         raise OptionError(f"a custom loss must return a scalar tensor and metrics; got {got}")
     if not loss.requires_grad:
         raise GraphError("the loss of forward_backward_custom has no gradient: it was computed from detached log-probs")
-    return loss.reshape(()), dict(metrics)
+    try:
+        return loss.reshape(()), {name: float(value) for name, value in metrics.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"the metrics of a custom loss must be a dict of numbers; got {metrics!r}") from error

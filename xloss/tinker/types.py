@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -138,16 +139,24 @@ def tensor_of(name: str, value: Any) -> Tensor:
 
 
 def adam_of(params: Any) -> AdamParams:
-    """``tinker.AdamParams``, ours or a mapping as ours. Raises ``OptionError`` for another optimizer's."""
+    """``tinker.AdamParams``, ours or a mapping as ours.
+
+    Raises ``OptionError`` for another optimizer's, and for numbers that AdamW has no step with.
+    """
     names = list(AdamParams.__dataclass_fields__)
     if isinstance(params, Mapping):
         for name in params:
             if name not in names:
                 raise OptionError(unknown_name("field of adam_params", str(name), names))
-        return AdamParams(**params)
+        params = AdamParams(**params)
     if not all(hasattr(params, name) for name in names):
         raise OptionError(f"adam_params must be AdamParams, with {', '.join(names)}; got {type(params).__name__}")
-    return AdamParams(**{name: float(getattr(params, name)) for name in names})
+    found = {name: float(getattr(params, name)) for name in names}
+    for name, value in found.items():
+        below = 1.0 if name.startswith("beta") else math.inf
+        if not 0 <= value < below:
+            raise OptionError(f"{name} of adam_params must be at least 0 and below {below}; got {value}")
+    return AdamParams(**found)
 
 
 # -- out ---------------------------------------------------------------------------------------------------------------
