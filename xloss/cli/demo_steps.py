@@ -8,13 +8,11 @@ exactly and the runs share this process.
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +24,7 @@ from xloss.cli import float64
 from xloss.cli.errors import MeasurementFailed
 from xloss.cli.memory import MIB, start_peak
 from xloss.cli.rollouts import Rollouts
+from xloss.cli.spawn import process_context
 
 Run = Literal["eager", "xloss"]
 ENOUGH_MS = 2500.0  # a step is repeated until it took this long in all, five times at most; the fastest counts
@@ -141,7 +140,7 @@ def _measure_apart(job: _Job) -> None:
     if job.device.startswith("cuda"):
         measure(job)
         return
-    context = _process_context()
+    context = process_context(__name__)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(job, sender), daemon=True)
     process.start()
@@ -154,15 +153,6 @@ def _measure_apart(job: _Job) -> None:
     process.join()
     if failure:
         raise MeasurementFailed(f"measuring {job.loss_name} with {job.run} failed: {failure}")
-
-
-def _process_context() -> SpawnContext | ForkServerContext:
-    """Fresh processes: forked from a server that imported torch and did nothing more; spawned where no fork exists."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["xloss.cli.demo_steps"])
-    return context
 
 
 def _child(job: _Job, sender: Connection) -> None:

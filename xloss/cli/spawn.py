@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +119,7 @@ def _join(work: Callable[..., Any], args: tuple[Any, ...], world: World, hear: H
 
 
 def _spawn(work: Callable[..., Any], args: tuple[Any, ...], world: World, hear: Hear) -> list[Any]:
-    context = _process_context(work.__module__)
+    context = process_context(work.__module__)
     with tempfile.TemporaryDirectory(prefix="xloss-ranks-") as folder:
         processes, pipes = [], []
         try:
@@ -139,8 +140,8 @@ def _spawn(work: Callable[..., Any], args: tuple[Any, ...], world: World, hear: 
                 process.join()
 
 
-def _process_context(module: str) -> Any:
-    """Fresh processes: forked from a server that imported torch and did nothing more; spawned where no fork exists."""
+def process_context(module: str) -> SpawnContext | ForkServerContext:
+    """Fresh processes: forked from a server that imported ``module`` and did nothing more; spawned without fork."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
