@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,6 @@ from tests.docs.test_readme_and_docs import blocks, run_page
 from tests.integrations import report
 from tests.integrations.packages import find_missing
 from tests.integrations.page import PAGE, SHARED, Section, between, sections
-from xloss.cli.spawn import Rank, World, run_ranks
 
 ELSEWHERE = "<!-- runs in: "  # a package that cannot be installed: its own test module restates the interface
 SNIPPETS = [s for s in sections() if blocks(s.text) and s.title != SHARED and ELSEWHERE not in s.text]
@@ -31,14 +33,21 @@ def test_section_runs_as_printed(section: Section, tmp_path: Path, monkeypatch: 
     text = (shared.text if "transformers" in section.needs else "") + section.text
     assert all(block.skip is None for block in blocks(text))
     if section.ranks > 1:
-        run_ranks(on_rank, text, section.title, world=World(section.ranks, timeout=120.0))
-    else:
-        on_rank(None, text, section.title)
-
-
-def on_rank(_: Rank | None, text: str, title: str) -> None:
+        script = "\n".join(["import torch", "torch.manual_seed(0)", *(block.code for block in blocks(text))])
+        run_by_torchrun(script, section.ranks)
+        return
     torch.manual_seed(0)
-    run_page(text, f"{PAGE}#{title}")
+    run_page(text, f"{PAGE}#{section.title}")
+
+
+def run_by_torchrun(script: str, ranks: int) -> None:
+    """As a user would start it, in the current folder."""
+    Path("snippet.py").write_text(script, encoding="utf-8")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "snippet.py"]
+    root = PAGE.parents[1]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False, env=env)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_table_is_what_was_measured() -> None:
