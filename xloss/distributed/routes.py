@@ -25,6 +25,7 @@ _MOST_NODES = 64  # of the graph between a parameter and the weight made of it
 _unit_of: Any = WeakIdKeyDictionary()  # gathered parameter -> unit of ``fully_shard`` that can gather it again
 # Parameters that no DistributedDataParallel holds, and that are no shards: looking takes a while. A shard is a
 # parameter that fully_shard made, so one that is none never becomes one.
+_frozen: dict[str, Any] = {"count": 0, "modules": []}
 _no_ddp: Any = WeakIdKeyDictionary()
 _no_shard: Any = WeakIdKeyDictionary()
 
@@ -145,11 +146,36 @@ def _check_ddp(leaf: Tensor, name: str) -> None:
 
 
 def _modules_of(kind: type) -> list[Any]:
-    """Every module of a class that is alive: each refers to its class, and C finds who does."""
-    kinds = [kind]
-    for each in kinds:
-        kinds += each.__subclasses__()
+    """Every module of a class that is alive."""
+    kinds = _with_subclasses(kind)
+    frozen = [x for x in _frozen_modules() if type(x) in kinds]
+    return frozen + [x for x in _instances(kinds) if all(x is not other for other in frozen)]
+
+
+def _with_subclasses(*kinds: type) -> list[type]:
+    found = list(kinds)
+    for each in found:
+        found += each.__subclasses__()
+    return found
+
+
+def _instances(kinds: list[type]) -> list[Any]:
+    """Each object refers to its class, and C finds who does; but for those that ``gc.freeze`` set aside."""
     return [x for x in gc.get_referrers(*kinds) if type(x) in kinds]
+
+
+def _frozen_modules() -> list[Any]:
+    """Modules that ``gc.freeze`` set aside, looked for where more is frozen than when last asked."""
+    count = gc.get_freeze_count()
+    if count > _frozen["count"]:
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        gc.unfreeze()
+        kinds = _with_subclasses(DistributedDataParallel, *([] if fsdp is None else [fsdp.FSDPModule]))
+        _frozen["modules"] = [weakref.ref(x) for x in _instances(kinds)]
+        gc.freeze()
+        count = gc.get_freeze_count()
+    _frozen["count"] = count
+    return [x for ref in _frozen["modules"] if (x := ref()) is not None]
 
 
 def _nodes(first: Any) -> Iterator[Any]:
