@@ -13,10 +13,11 @@ from pathlib import Path
 from tests.golden import records
 
 HERE = Path(__file__).parent
+NO_CASES = ("test_coverage", "test_metric_names", "test_oracle", "test_presets", "test_tinker_client")  # of their own
 MODULES = [
     module
     for path in sorted(HERE.glob("test_*.py"))
-    if path.stem not in ("test_coverage", "test_metric_names", "test_oracle", "test_presets")  # no cases of their own
+    if path.stem not in NO_CASES
     for module in [importlib.import_module(f"tests.golden.{path.stem}")]
 ]
 PAGE = HERE.parents[1] / "docs" / "peers.md"
