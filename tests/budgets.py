@@ -147,3 +147,17 @@ F64_STEP = 5e-7  # a step in float64, relative: weights of tokens, and norms ins
 TRAINER_GRADIENT = 5e-6  # float32 gradients of two trainers on one batch: sums over layers and tokens in other orders
 TRAINER_STEPS = 5e-5  # the same after a few steps of SGD, relative to how far the weights moved from where they were
 LOGGED = {"rel": 1e-4, "abs": 1e-5}  # what trainers log: float32 sums, rounded for printing by some
+
+# Single figures (a metric, a loss, a log-prob), relative or absolute.
+FIGURE_SAME = 1e-12  # float64, the same terms in another order
+FIGURE_MOVED = 1e-10  # mean KL between sampler and trainer: below it no step was taken, above it one was
+FIGURE_F64 = 1e-9  # float64, through a few formulas
+FIGURE_STEP = 1e-8  # a weight after AdamW's step, which divides rounding by eps
+FIGURE_WEIGHTED = 1e-7  # float64 with weights of tokens in float32
+FIGURE_F32 = 1e-6  # float32, or a mean of it
+FIGURE_F32_CHAIN = 1e-5  # the same after exp, or over several steps
+FIGURE_PEER = 2e-5  # as a peer recorded it, from float32 logits
+FIGURE_LOGGED = 1e-4  # as a peer prints it
+FIGURE_LIMIT = 1e-3  # against a limit that is only approached, or central differences
+FIGURE_SHARE = 0.01  # a share that was counted in a sample
+FIGURE_DRAWN = 0.05  # the loss of an untrained model against log V

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import budgets
 from xloss import CELossConfig, CELossContext, CELossContextInputItem
 from xloss.cli import app
 from xloss.cli.errors import CannotRun
@@ -57,7 +58,7 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (4, 2, 2, 2, 2),
     ]
     assert [len(c["values"]) for c in result["curves"]] == [4, 2, 4, 2, 2, 4, 2, 2]
-    assert all(c["difference"] <= 1e-5 for c in result["curves"])
+    assert all(c["difference"] <= budgets.FIGURE_F32_CHAIN for c in result["curves"])
     assert (out / "parallel.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in out.iterdir()) == ["parallel.json", "parallel.png"]
 
@@ -165,4 +166,4 @@ def test_first_loss_is_that_of_knowing_nothing() -> None:
     labels, cfg = torch.randint(0, 256, (2, 6)), CELossConfig()
     (kwargs,) = CELossContext.build_batches_loss_kwargs([CELossContextInputItem(shifted_labels=labels)], cfg)
     loss = SplitLM(256, 8, 6)(labels, torch.arange(6), CELossContext(cfg, kwargs), None)
-    assert loss.item() == pytest.approx(5.545, abs=0.05)
+    assert loss.item() == pytest.approx(5.545, abs=budgets.FIGURE_DRAWN)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 
+from tests import budgets
 from tests.distributed.ranks import spawn
 from xloss import (
     BaseLossConfig,
@@ -99,7 +100,7 @@ def alone(cfg: BaseLossConfig, items: list[Any]) -> Tensor:
 
 
 def same(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(got, want, rtol=budgets.FIGURE_F32, atol=budgets.FIGURE_F64)
 
 
 # -- places ------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests import budgets
 from tests.distributed.ranks import alone, run_processes
 from xloss import CELossContext, TokenRanks
 from xloss.cli import app
@@ -48,7 +49,7 @@ def test_right_layouts_pass() -> None:
     assert list(rows(report)) == ["packing", "micro-batches", "ddp-no-sync", "fsdp2-root"]
     for row in report["rows"]:
         assert (row["verdict"], row["losses"], row["failures"]) == ("PASS", ["ce", "gspo"], [])
-        assert max(row["gradient"], row["values"]) <= row["allowed"] == 1e-6
+        assert max(row["gradient"], row["values"]) <= row["allowed"] == budgets.F32_GRADIENT
     assert [row["ranks"] for row in report["rows"]] == [1, 1, 2, 2]
 
 

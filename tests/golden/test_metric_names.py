@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import budgets
 from tests.golden import policy_runs, records, test_nemo, test_preference, test_prime, test_trl, test_verl_token
 from tests.golden.policy_step import Step, run_step
 from tests.golden.records import Entry, case_id
@@ -23,7 +24,9 @@ CHUNK: dict[str, Any] = {"mode": "chunk", "chunk_size": 7}
 
 
 def same(found: dict[str, float], want: dict[str, float]) -> None:
-    assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-7, abs=1e-9)
+    assert {name: found[name] for name in want} == pytest.approx(
+        want, rel=budgets.FIGURE_WEIGHTED, abs=budgets.FIGURE_F64
+    )
 
 
 def renamed(metrics: dict[str, float], to: Any) -> dict[str, float]:
@@ -63,7 +66,7 @@ def test_names_of_trl_preference(entry: Entry) -> None:
     names = ("rewards/", "logps/", "kl")
     want = {name: float(v[0]) for name, v in entry["metrics"].items() if name.startswith(names)}
     assert len(want) >= 5
-    assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-6)
+    assert {name: found[name] for name in want} == pytest.approx(want, rel=budgets.FIGURE_F32)
 
 
 def verl_figures(entry: Entry) -> dict[str, float]:
@@ -97,7 +100,7 @@ def test_names_of_verl(entry: Entry) -> None:
         )
     if entry["config"].get("loss_mode") == "cispo":
         either = found["ratio_low_frac"] + found["ratio_high_frac"]
-        assert either == pytest.approx(entry["metrics"]["actor/pg_clipfrac"], rel=1e-7)
+        assert either == pytest.approx(entry["metrics"]["actor/pg_clipfrac"], rel=budgets.FIGURE_WEIGHTED)
 
 
 @pytest.mark.parametrize("entry", CORRECTIONS, ids=case_id)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import budgets
 from xloss.cli.corpus import load_corpus, standard_library_files, vocabulary
 from xloss.cli.errors import CannotRun
 from xloss.cli.options import DemoOptions, choose_sizes, needed_bytes
@@ -39,7 +40,7 @@ def test_corpus_of_given_files(tmp_path: Path) -> None:
     assert corpus.num_files == len(ticks) == 2
     assert corpus.ids.min() == 0
     assert corpus.ids.max() == 3
-    assert corpus.unknown_frac == pytest.approx(900 / (1500 + 1800), abs=0.01)
+    assert corpus.unknown_frac == pytest.approx(900 / (1500 + 1800), abs=budgets.FIGURE_SHARE)
     train, held_out = corpus.split(0.25)
     assert len(train) + len(held_out) == len(corpus.ids)
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import budgets
 from xloss.cli import app, float64, plots
 from xloss.cli.calibration import Cut
 from xloss.cli.demo_steps import LOSSES, Step
@@ -88,7 +89,7 @@ def test_float64_reference_is_autograd() -> None:
     for formula, answer in zip((float64.grpo, float64.cispo, float64.grpo_kl), found, strict=True):
         loss = formula(logprobs, batch, slice(None)).mean()
         d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-        assert answer.loss == pytest.approx(loss.item(), rel=1e-12)
+        assert answer.loss == pytest.approx(loss.item(), rel=budgets.FIGURE_SAME)
         assert float64.relative(answer.d_hidden, d_hidden) < 1e-12
         assert float64.relative(answer.d_words, d_weight[words]) < 1e-12
 

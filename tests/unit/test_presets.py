@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import xloss
+from tests import budgets
 from xloss import (
     DistillLossConfig,
     GRPOLossConfig,
@@ -237,8 +238,8 @@ def test_preset_trains(name: str) -> None:
         found.append((loss.detach(), hidden.grad))
     (eager, of_eager), (chunked, of_chunked) = found
     assert eager.isfinite() and of_eager.isfinite().all() and of_eager.abs().sum() > 0
-    torch.testing.assert_close(chunked.double(), eager.double(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(of_chunked, of_eager, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(chunked.double(), eager.double(), rtol=budgets.FIGURE_F32, atol=budgets.FIGURE_WEIGHTED)
+    torch.testing.assert_close(of_chunked, of_eager, rtol=budgets.FIGURE_F32, atol=budgets.FIGURE_WEIGHTED)
 
 
 # -- overrides ---------------------------------------------------------------------------------------------------------
@@ -378,7 +379,7 @@ def gradients(name: str, x: float) -> list[float]:
     curve = entry_of(presets()[name].example()).curve()
     assert isinstance(curve, Curve)
     at = int((curve.x - x).abs().argmin())
-    assert float(curve.x[at]) == pytest.approx(x, abs=1e-9), "not a shown point"
+    assert float(curve.x[at]) == pytest.approx(x, abs=budgets.FIGURE_F64), "not a shown point"
     return [float(y[at]) for _, y in curve.grads]
 
 
@@ -402,7 +403,7 @@ def gradients(name: str, x: float) -> list[float]:
     ],
 )
 def test_policy_curves(name: str, ratio: float, want: list[float]) -> None:
-    assert gradients(name, ratio) == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert gradients(name, ratio) == pytest.approx(want, rel=budgets.FIGURE_F64, abs=budgets.FIGURE_SAME)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +421,7 @@ def test_policy_curves(name: str, ratio: float, want: list[float]) -> None:
     ],
 )
 def test_other_curves(name: str, x: float, want: list[float]) -> None:
-    assert gradients(name, x) == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert gradients(name, x) == pytest.approx(want, rel=budgets.FIGURE_F64, abs=budgets.FIGURE_SAME)
 
 
 @pytest.mark.parametrize("name", NAMES)

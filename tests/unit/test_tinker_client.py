@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import budgets
 from tests.unit.tinker_data import (
     TINKER,
     alone,
@@ -111,7 +112,7 @@ def test_ppo_without_numbers_clips_at_08_and_12(ratio: float, advantage: float, 
     """Not at 0.2 (a bound of 0.2 would let 0.3 pass), not at [1, 1], and it does clip: no gradient beyond."""
     client, data = one_token(ratio, advantage)
     out = client.forward_backward(data, "ppo").result()
-    assert out.metrics["loss:sum"] == pytest.approx(loss, rel=1e-6)
+    assert out.metrics["loss:sum"] == pytest.approx(loss, rel=budgets.FIGURE_F32)
     clipped = loss in (-1.2, 0.8)
     assert (max(float(g.abs().max()) for g in grads(client.model)) == 0) == clipped
 
@@ -119,7 +120,7 @@ def test_ppo_without_numbers_clips_at_08_and_12(ratio: float, advantage: float, 
 def test_thresholds_are_absolute() -> None:
     client, data = one_token(3.0, 1.0)
     out = client.forward(data, "ppo", {"clip_low_threshold": 0.8, "clip_high_threshold": 1.28}).result()
-    assert out.metrics["loss:sum"] == pytest.approx(-1.28, rel=1e-6)
+    assert out.metrics["loss:sum"] == pytest.approx(-1.28, rel=budgets.FIGURE_F32)
 
 
 @pytest.mark.parametrize("name", TINKER[:3])
@@ -139,7 +140,7 @@ def test_sum_not_mean(name: str) -> None:
     once = client_of()
     twice = client_of(copy.deepcopy(once.model))
     a, b = once.forward_backward(data, name).result(), twice.forward_backward(data + data, name).result()
-    assert b.metrics["loss:sum"] == pytest.approx(2 * a.metrics["loss:sum"], rel=1e-9)
+    assert b.metrics["loss:sum"] == pytest.approx(2 * a.metrics["loss:sum"], rel=budgets.FIGURE_F64)
     same(grads(twice.model), [2 * g for g in grads(once.model)])
 
 
@@ -172,5 +173,5 @@ def test_forward_reports_the_loss(name: str) -> None:
     assert all(p.grad is None for p in client.model.parameters())
     done = client.forward_backward(data, name).result()
     assert seen.metrics["loss:sum"] != 0
-    assert seen.metrics["loss:sum"] == pytest.approx(done.metrics["loss:sum"], rel=1e-12)
+    assert seen.metrics["loss:sum"] == pytest.approx(done.metrics["loss:sum"], rel=budgets.FIGURE_SAME)
     same(seen.loss_fn_outputs, done.loss_fn_outputs)

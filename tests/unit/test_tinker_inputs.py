@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests import budgets
 from tests.packed_models import attention_model
 from tests.unit.tinker_data import VOCAB, client_of, grads, ints, rollouts, same, supervised, want
 from xloss.errors import (
@@ -40,7 +41,9 @@ def test_tensors_arrays_and_lists_are_one() -> None:
         found.append((client.forward_backward(form, "cross_entropy").result(), grads(client.model)))
     for out, gradient in found[1:]:
         torch.testing.assert_close(out.loss_fn_outputs, found[0][0].loss_fn_outputs)
-        torch.testing.assert_close(gradient, found[0][1], rtol=1e-6, atol=1e-6)  # a list's weights are float32
+        torch.testing.assert_close(
+            gradient, found[0][1], rtol=budgets.FIGURE_F32, atol=budgets.FIGURE_F32
+        )  # a list's weights are float32
 
 
 def test_weights_may_be_left_out_of_cross_entropy() -> None:
@@ -48,7 +51,9 @@ def test_weights_may_be_left_out_of_cross_entropy() -> None:
     for datum in data:
         del datum.loss_fn_inputs["weights"]
     expected = want(client.model, data, lambda lp, d: -lp)
-    assert client.forward(data, "cross_entropy").result().metrics["loss:sum"] == pytest.approx(expected[1], rel=1e-9)
+    assert client.forward(data, "cross_entropy").result().metrics["loss:sum"] == pytest.approx(
+        expected[1], rel=budgets.FIGURE_F64
+    )
 
 
 def test_targets_of_minus_100_are_left_out() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests import budgets
 from tests.unit.tinker_data import LENGTHS, TINKER, VOCAB, client_of, grads, ints, rollouts, same, supervised, want
 from xloss import PreferenceLossConfig
 from xloss.losses.catalog import catalog
@@ -56,7 +57,7 @@ def test_every_loss_of_the_catalog_runs(name: str) -> None:
                 p += side * 1e-6 / size * g
         seen.append(client.forward(data, name, config).result().metrics["loss:sum"])
     if "sg(" not in HERE[name].formula and name != "gspo":  # Tinker's gspo is gspo_token
-        assert (seen[0] - seen[1]) / 2e-6 == pytest.approx(size, rel=1e-3)
+        assert (seen[0] - seen[1]) / 2e-6 == pytest.approx(size, rel=budgets.FIGURE_LIMIT)
 
 
 def test_names() -> None:
@@ -70,9 +71,9 @@ def test_a_preset_keeps_its_reduction() -> None:
     total = client.forward(data, "ppo").result().metrics["loss:sum"]
     config = {"policy_loss_cfg": {"cliprange_high": 0.2}}
     mean = client.forward(data, "dapo", config).result().metrics["loss:sum"]
-    assert mean == pytest.approx(total / sum(LENGTHS), rel=1e-9)
+    assert mean == pytest.approx(total / sum(LENGTHS), rel=budgets.FIGURE_F64)
     summed = client.forward(data, "dapo", config | {"loss_reduction": "sum"}).result().metrics["loss:sum"]
-    assert summed == pytest.approx(total, rel=1e-9)
+    assert summed == pytest.approx(total, rel=budgets.FIGURE_F64)
 
 
 @pytest.mark.parametrize("name", ["topk_kd", "topk_kd_tail", "topk_kd_renormalized"])

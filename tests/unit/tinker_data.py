@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import budgets
 from tests.packed_models import attention_model
 from xloss.tinker import Datum, LanguageModel, TrainingClient
 
@@ -64,13 +65,13 @@ def grads(model: LanguageModel) -> list[Tensor]:
 
 
 def same(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, expected, rtol=budgets.FIGURE_F64, atol=budgets.FIGURE_F64)
 
 
 def check(client: TrainingClient, data: list[Datum], out: Any, expected: tuple[Any, ...]) -> None:
     logprobs, loss, gradients = expected
     same([x["logprobs"] for x in out.loss_fn_outputs], logprobs)
-    assert out.metrics["loss:sum"] == pytest.approx(loss, rel=1e-9)
+    assert out.metrics["loss:sum"] == pytest.approx(loss, rel=budgets.FIGURE_F64)
     same(grads(client.model), gradients)
 
 
