@@ -17,7 +17,7 @@ from tests import budgets
 from tests.integrations.comparisons import Comparison, worst
 from tests.integrations.models import VOCAB, build
 from tests.integrations.packages import need
-from tests.integrations.trainers import parameters, token_rows, tokenizer
+from tests.integrations.trainers import PLAIN_STEPS, parameters, token_rows, tokenizer
 
 need("transformers", "accelerate", "datasets")
 
@@ -56,16 +56,7 @@ def train(model: Any, folder: str, rows_at_once: int, accumulation: int, flat: b
         per_device_train_batch_size=rows_at_once,
         gradient_accumulation_steps=accumulation,
         max_steps=4,
-        optim="sgd",
-        learning_rate=0.1,
-        max_grad_norm=0.0,  # clipping would hide a factor
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        seed=3,
-        **options,
+        **{**PLAIN_STEPS, **options},
     )
     collator = DataCollatorWithFlattening() if flat else collate
     trainer = Trainer(model=model, args=args, train_dataset=rows(), data_collator=collator)

@@ -16,7 +16,7 @@ from tests import budgets
 from tests.integrations.comparisons import Comparison, worst
 from tests.integrations.models import VOCAB, build
 from tests.integrations.packages import need
-from tests.integrations.trainers import parameters, token_rows, tokenizer
+from tests.integrations.trainers import PLAIN_STEPS, parameters, token_rows, tokenizer
 
 need("transformers", "trl", "peft", "datasets")
 
@@ -49,17 +49,8 @@ def trainer(cls: Any, folder: str, architecture: str = "llama", lora: bool = Fal
     args = trl.SFTConfig(
         output_dir=folder,
         max_steps=3,
-        optim="sgd",
-        learning_rate=0.1,
-        max_grad_norm=0.0,  # clipping would hide a factor
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
         bf16=False,
-        seed=3,
-        **{**defaults, **options},
+        **{**PLAIN_STEPS, **defaults, **options},
     )
     rows = token_rows(24)
     data = Dataset.from_list([{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in rows])

@@ -9,6 +9,19 @@ from torch import nn
 
 from tests.integrations.models import VOCAB
 
+PLAIN_STEPS: dict[str, Any] = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "max_grad_norm": 0.0,  # clipping would hide a factor
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "seed": 3,
+}
+"""Of a trainer whose weights show its gradients."""
+
 
 def tokenizer() -> Any:
     """Words ``w0`` to ``w{VOCAB - 4}`` and three special tokens."""
